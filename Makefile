@@ -1,0 +1,49 @@
+# Every target sets up what it needs; repeating one is cheap. The environment is .venv (override: make VENV=path).
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+
+.PHONY: help install demo test bench lint wheel clean
+
+help:
+	@echo "make install   environment in $(VENV), package built in place"
+	@echo "make demo      fine-tune an adapter on a small model, answers before and after (minutes, no download of models)"
+	@echo "make test      every test that can run on this machine"
+	@echo "make lint      ruff and mypy"
+	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
+
+# torch first: an exact pin, so that nothing later decides which torch comes.
+$(VENV)/environment.stamp: constraints.txt
+	@echo "Setting up $(VENV) (torch first, then the rest; some minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel
+	$(PIP) torch numpy
+	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece peft timm typer rich matplotlib jinja2 \
+	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+install: $(VENV)/package.stamp
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/environment.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/environment.stamp
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+demo: install
+	$(BIN)/llama-adapter demo --output demo-output
+
+clean:
+	rm -rf build dist *.egg-info llama_adapter_kernels/*.so $(VENV)/package.stamp

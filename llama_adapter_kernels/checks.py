@@ -1,0 +1,156 @@
+"""Argument checks of the public functions: one place, messages that name the argument, what was expected and what came.
+
+Shapes, dtypes and devices are checked on every call. Values of integer tensors (lengths, offsets, indices) are checked
+where reading them costs nothing: on the CPU. On a GPU reading them would stall the stream, so the kernels clamp them
+instead, and a prefix_index out of range gives NaN.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
+    """query [.., Hq, .., D], key and value [.., Hkv, .., D] of the given rank (4 padded, 3 packed)."""
+    form = "[B, H, S, D]" if rank == 4 else "[T, H, D]"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions {form}, got shape {list(tensor.shape)}")
+        check_like(name, tensor, query)
+    if query.dtype not in FLOATING:
+        raise ValueError(f"query: expected float32, bfloat16, float16 or float64, got {query.dtype}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: expected head_dim >= 1, got shape {list(query.shape)}")
+    heads_q, heads_kv = query.shape[1], key.shape[1]
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(f"key: expected a number of heads that divides the {heads_q} of query, got {heads_kv}")
+    if rank == 4 and key.shape[0] != query.shape[0]:
+        raise ValueError(f"key: expected the batch size {query.shape[0]} of query, got {key.shape[0]}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key: expected the head_dim {query.shape[-1]} of query, got {key.shape[-1]}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the shape {list(key.shape)} of key, got {list(value.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype:
+        raise ValueError(f"{name}: expected the dtype {query.dtype} of query, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: expected the device {query.device} of query, got {tensor.device}")
+
+
+def check_prefix(
+    query: Tensor,
+    key: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    prefix_index: Tensor | None,
+    batch: int,
+) -> None:
+    """prefix_key and prefix_value [A, Hkv, P, D]; gate scalar, [Hq] or [A, Hq]; A is 1, batch, or a table's size."""
+    if prefix_key is None or prefix_value is None or gate is None:
+        if not (prefix_key is None and prefix_value is None and gate is None):
+            raise ValueError("prefix_key, prefix_value, gate: expected all three or None for all three")
+        if prefix_index is not None:
+            raise ValueError("prefix_index: expected a prefix_key to choose from, got None")
+        return
+    check_like("prefix_key", prefix_key, query)
+    check_like("prefix_value", prefix_value, query)
+    heads_kv, head_dim = key.shape[1], key.shape[-1]
+    if prefix_key.dim() != 4 or prefix_key.shape[1] != heads_kv or prefix_key.shape[3] != head_dim:
+        raise ValueError(
+            f"prefix_key: expected shape [A, {heads_kv}, P, {head_dim}], got {list(prefix_key.shape)}"
+        )
+    if prefix_value.shape != prefix_key.shape:
+        raise ValueError(
+            f"prefix_value: expected the shape {list(prefix_key.shape)} of prefix_key, got {list(prefix_value.shape)}"
+        )
+    count = prefix_key.shape[0]
+    if prefix_index is None and count not in (1, batch):
+        raise ValueError(
+            f"prefix_key: expected a first dimension of 1 (shared) or {batch} (one per sequence), got {count}; "
+            "to choose from a table pass prefix_index"
+        )
+    if prefix_index is not None:
+        check_integers("prefix_index", prefix_index, batch, query)
+        if count == 0:
+            raise ValueError("prefix_key: expected at least one entry to choose from, got a first dimension of 0")
+    heads_q = query.shape[1]
+    if not gate.dtype.is_floating_point:
+        raise ValueError(f"gate: expected a floating dtype, got {gate.dtype}")
+    if gate.device != query.device:
+        raise ValueError(f"gate: expected the device {query.device} of query, got {gate.device}")
+    if tuple(gate.shape) not in ((), (1,), (heads_q,), (count, heads_q)):
+        raise ValueError(
+            f"gate: expected a scalar, [{heads_q}] (heads) or [{count}, {heads_q}] (prefixes, heads), "
+            f"got shape {list(gate.shape)}"
+        )
+
+
+def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Bool or floating, broadcastable to [B, Hq, Sq, Sk], without gradient."""
+    if attn_mask is None:
+        return
+    expected = [*query.shape[:3], key.shape[2]]
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
+        raise ValueError(f"attn_mask: expected bool or a floating dtype, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask: expected the device {query.device} of query, got {attn_mask.device}")
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("attn_mask: expected a mask without gradient, got requires_grad=True")
+    shape = list(attn_mask.shape)
+    if len(shape) > 4 or any(s not in (1, e) for s, e in zip(reversed(shape), reversed(expected), strict=False)):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {expected}, got {shape}")
+
+
+def check_integers(name: str, tensor: Tensor, size: int, query: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: expected the device {query.device} of query, got {tensor.device}")
+    if tuple(tensor.shape) != (size,):
+        raise ValueError(f"{name}: expected shape [{size}], got {list(tensor.shape)}")
+
+
+def values_are_free_to_read(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_values(
+    key: Tensor,
+    prefix_key: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    prefix_index: Tensor | None,
+) -> None:
+    """Lengths lie in [0, Sk], indices in [-1, A)."""
+    limits = [("key_start", key_start, 0, key.shape[-2]), ("key_end", key_end, 0, key.shape[-2])]
+    if prefix_key is not None:
+        limits.append(("prefix_index", prefix_index, -1, prefix_key.shape[0] - 1))
+    for name, tensor, low, high in limits:
+        if tensor is not None and values_are_free_to_read(tensor):
+            for position, value in enumerate(tensor.tolist()):
+                if not low <= value <= high:
+                    raise ValueError(
+                        f"{name}: expected values from {low} to {high}, got {value} at position {position}"
+                    )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, longest: int, longest_name: str) -> None:
+    """Offsets begin with 0, never decrease, end within the packed tokens; no sequence is longer than said."""
+    if not values_are_free_to_read(cu_seqlens):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{name}: expected to begin with 0, got {offsets[0]}")
+    for b, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if end < begin:
+            raise ValueError(f"{name}: expected increasing offsets, got {end} after {begin}")
+        if end - begin > longest:
+            raise ValueError(
+                f"{longest_name}: expected at least {end - begin}, the length of sequence {b}, got {longest}"
+            )
+    if offsets[-1] > total:
+        raise ValueError(f"{name}: expected to end within the {total} packed tokens, got {offsets[-1]}")
