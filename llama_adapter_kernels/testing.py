@@ -187,31 +187,45 @@ def _truth(problem: Problem, backend: str) -> dict[str, Tensor]:
     return results
 
 
-def deviations(problem: Problem, results: dict[str, Tensor]) -> list[Deviation]:
-    """Applies the rule to results {"output", "dquery", ...} (computed from `problem`'s own tensors)."""
+@dataclass(frozen=True)
+class Truth:
+    """What the results of one problem are compared with; computed once, good for any number of backends."""
+
+    dtype: torch.dtype
+    exact: dict[str, Tensor]  # float64
+    eager: dict[str, Tensor]  # in the dtype under test
+    gate_summands: float = 0.0
+
+
+def truth_of(problem: Problem) -> Truth:
+    """The reference's results {"output", "dquery", ...} for `problem`, in float64 and in its own dtype."""
     query = problem.tensors["query"]
     assert query is not None
-    dtype = query.dtype
-    eps = torch.finfo(dtype).eps
     exact = _truth(problem.to(torch.float64, "cpu"), "reference")
-    eager = _truth(problem.to(dtype, "cpu"), "reference")
-    found = []
-    for name, result in results.items():
-        truth = exact[name]
-        result = result.detach().to("cpu", torch.float64)
-        if truth.numel() == 0:
-            continue
-        error = (result - truth).abs().max().item()
-        base = (eager[name].double() - truth).abs().max().item()
-        size = truth.abs().max().item()
-        # A sum of n roundings of a head's gate gradient walks randomly: its floor is that of the summands, not of a
-        # result in which they may have cancelled.
-        floor = eps * (_gate_summands(problem) if name == "dgate" else size)
-        limit = 2 * base + 2 * floor
-        if dtype == torch.float32 and name != "dgate":
-            limit = min(limit, max(1e-5 * size, 2 * floor))
-        found.append(Deviation(name, error, base, limit, error / size if size else error))
-    return found
+    eager = _truth(problem.to(query.dtype, "cpu"), "reference")
+    return Truth(query.dtype, exact, eager, _gate_summands(problem) if "dgate" in exact else 0.0)
+
+
+def deviations(problem: Problem, results: dict[str, Tensor], truth: Truth | None = None) -> list[Deviation]:
+    """Applies the rule to results {"output", "dquery", ...} (computed from `problem`'s own tensors)."""
+    truth = truth_of(problem) if truth is None else truth
+    return [deviation(name, result, truth) for name, result in results.items() if truth.exact[name].numel() > 0]
+
+
+def deviation(name: str, result: Tensor, truth: Truth) -> Deviation:
+    """Applies the rule to one result."""
+    exact, dtype = truth.exact[name], truth.dtype
+    eps = torch.finfo(dtype).eps
+    error = (result.detach().to("cpu", torch.float64) - exact).abs().max().item()
+    base = (truth.eager[name].double() - exact).abs().max().item()
+    size = exact.abs().max().item()
+    # A sum of n roundings of a head's gate gradient walks randomly: its floor is that of the summands, not of a
+    # result in which they may have cancelled.
+    floor = eps * (truth.gate_summands if name == "dgate" else size)
+    limit = 2 * base + 2 * floor
+    if dtype == torch.float32 and name != "dgate":
+        limit = min(limit, max(1e-5 * size, 2 * floor))
+    return Deviation(name, error, base, limit, error / size if size else error)
 
 
 def _gate_summands(problem: Problem) -> float:
@@ -244,5 +258,5 @@ def assert_matches_reference(problem: Problem, backend: str, gradients: bool = T
         raise AssertionError(f"{problem.case.name} {output.dtype} {backend}:\n  " + "\n  ".join(bad))
 
 
-__all__ = ["DIFFERENTIABLE", "Case", "Deviation", "Problem", "assert_matches_reference", "deviations", "make_problem",
-           "reference"]  # fmt: skip
+__all__ = ["DIFFERENTIABLE", "Case", "Deviation", "Problem", "Truth", "assert_matches_reference", "deviation",
+           "deviations", "make_problem", "reference", "truth_of"]  # fmt: skip
