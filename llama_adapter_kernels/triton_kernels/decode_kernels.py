@@ -1,0 +1,208 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Decode: few queries against a long cache. Reading the cache is the cost, so the keys of a sequence are split over the
+processor, and the query heads of a group share one tile, so that a key is read once for all of them.
+
+    split kernel    (split, sequence, key/value head): a part of the words, unnormalised over the whole
+    combine kernel  (sequence, head, query): adds the parts, and the prefix once
+
+With a single split nothing is left to combine, and the split kernel finishes the rows itself.
+"""
+
+import triton
+import triton.language as tl
+
+from llama_adapter_kernels.triton_kernels.tiles import (
+    MASK_NONE,
+    PREFIX_LOOP,
+    PREFIX_NONE,
+    PREFIX_ONE_TILE,
+    add_prefix_loop,
+    add_prefix_tile,
+    attend,
+    choose_prefix,
+    load_gate,
+    load_tile,
+    locate,
+    loop_bound,
+    normalise,
+    offset,
+    store_tile,
+    tile_offsets,
+)
+
+VARYING = (
+    "gate_stride_prefix", "gate_stride_head", "heads_q", "heads_kv", "group", "seq_q", "seq_k", "splits",
+    "prefix_count", "prefix_length",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def split_kernel(
+    query, key, value, prefix_key, prefix_value, gate, output, partial, partial_logsumexp,
+    key_start, key_end, prefix_index,
+    query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides, output_strides,
+    gate_stride_prefix, gate_stride_head,
+    heads_kv, group, seq_q, seq_k, splits, prefix_count, prefix_length, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, CHECK_ALL: tl.constexpr,
+    COMBINE: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Rows are (head of the group, query). COMBINE: writes partial [B, Hq, Sq, splits, D] and its base-2 log-sum-exp."""
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(group * seq_q, BLOCK_M)
+    split = program % splits
+    row = (program // splits) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    head_kv = (program // (splits * row_blocks)) % heads_kv
+    b = program // (splits * row_blocks * heads_kv)
+    row_valid = row < group * seq_q
+    head = head_kv * group + row // seq_q  # per row
+    position = row % seq_q
+    query_first, queries, key_first, keys, begin, end = locate(
+        b, key_start, key_end, None, None, seq_q, seq_k, seq_q, seq_k
+    )
+    rows_offset = offset(head, query_strides[1], ALIGNMENT) + offset(position, query_strides[2], ALIGNMENT)
+    query_tile = query + offset(b, query_strides[0], ALIGNMENT) + rows_offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    q = load_tile(query_tile, row_valid, HEAD_DIM, BLOCK_D, True)
+    column = tl.arange(0, BLOCK_N)
+    key_tile = (
+        key + offset(b, key_strides[0], ALIGNMENT) + offset(head_kv, key_strides[1], ALIGNMENT)
+        + tile_offsets(column, key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+    )  # fmt: skip
+    value_tile = (
+        value + offset(b, value_strides[0], ALIGNMENT) + offset(head_kv, value_strides[1], ALIGNMENT)
+        + tile_offsets(column, value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+    )  # fmt: skip
+
+    # This split's keys; blocks stay whole, so the last splits of a short cache may be empty.
+    span = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
+    first = begin + split * span
+    last = tl.minimum(first + span, end)
+    row_limit = tl.zeros([BLOCK_M], tl.int32) + end
+    whole = last
+    if CAUSAL:
+        row_limit = tl.minimum(end, position + (end - seq_q) + 1)
+        whole = tl.minimum(last, end - seq_q + 1)
+    blocks = tl.cdiv(tl.maximum(last - first, 0), BLOCK_N)
+    whole_blocks = tl.maximum(whole - first, 0) // BLOCK_N
+    if CHECK_ALL:
+        whole_blocks = blocks * 0
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if not CHECK_ALL:
+        acc, row_sum, row_max = attend(
+            acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
+            first, whole_blocks, last, row_limit, row_valid, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, False, MASK_NONE, ALIGNMENT,
+        )  # fmt: skip
+    acc, row_sum, row_max = attend(
+        acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
+        first + whole_blocks * BLOCK_N, blocks - whole_blocks, last, row_limit, row_valid, scale_log2,
+        BLOCK_N, HEAD_DIM, BLOCK_D, True, MASK_NONE, ALIGNMENT,
+    )  # fmt: skip
+    acc, row_logsumexp = normalise(acc, row_sum, row_max)
+
+    if COMBINE:
+        heads_q = heads_kv * group
+        part = ((b.to(tl.int64) * heads_q + head) * seq_q + position) * splits + split
+        tl.store(partial_logsumexp + part, row_logsumexp, mask=row_valid)
+        store_tile(partial + part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], acc, row_valid,
+                   HEAD_DIM, BLOCK_D)  # fmt: skip
+    else:
+        if PREFIX != PREFIX_NONE:
+            entry, slots, bad = choose_prefix(b, prefix_index, prefix_count, prefix_length)
+            gate_value = load_row_gates(
+                gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head
+            )
+            slot = tl.arange(0, BLOCK_P)
+            prefix_key_tile = (
+                prefix_key + offset(entry, prefix_key_strides[0], ALIGNMENT)
+                + offset(head_kv, prefix_key_strides[1], ALIGNMENT)
+                + tile_offsets(slot, prefix_key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+            )  # fmt: skip
+            prefix_value_tile = (
+                prefix_value + offset(entry, prefix_value_strides[0], ALIGNMENT)
+                + offset(head_kv, prefix_value_strides[1], ALIGNMENT)
+                + tile_offsets(slot, prefix_value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+            )  # fmt: skip
+            if PREFIX == PREFIX_ONE_TILE:
+                prefix_k = load_tile(prefix_key_tile, slot < slots, HEAD_DIM, BLOCK_D, True)
+                prefix_v = load_tile(prefix_value_tile, slot < slots, HEAD_DIM, BLOCK_D, True)
+                acc = add_prefix_tile(acc, q, prefix_k, prefix_v, slots, gate_value, scale_log2, BLOCK_P)
+            if PREFIX == PREFIX_LOOP:
+                acc = add_prefix_loop(
+                    acc, q, prefix_key_tile, prefix_value_tile, prefix_key_strides[2], prefix_value_strides[2], slots,
+                    gate_value, scale_log2, BLOCK_M, BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT,
+                )  # fmt: skip
+        rows_offset = offset(head, output_strides[1], ALIGNMENT) + offset(position, output_strides[2], ALIGNMENT)
+        output_tile = output + offset(b, output_strides[0], ALIGNMENT) + rows_offset[:, None]
+        store_tile(output_tile + tl.arange(0, BLOCK_D)[None, :], acc, row_valid, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def load_row_gates(gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head):
+    """As load_gate, for a vector of heads."""
+    pointers = gate + entry.to(tl.int64) * gate_stride_prefix + head.to(tl.int64) * gate_stride_head
+    values = tl.load(pointers, mask=row_valid & (slots > 0), other=0.0).to(tl.float32)
+    return tl.where(bad, float("nan"), values)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def combine_kernel(
+    query, prefix_key, prefix_value, gate, output, partial, partial_logsumexp, prefix_index,
+    query_strides, prefix_key_strides, prefix_value_strides, output_strides, gate_stride_prefix, gate_stride_head,
+    heads_q, group, seq_q, splits, prefix_count, prefix_length, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """One row: the parts weighted by their share of the whole softmax, then the prefix. All parts are read at once."""
+    program = tl.program_id(0)
+    position = program % seq_q
+    head = (program // seq_q) % heads_q
+    b = program // (seq_q * heads_q)
+    part = tl.arange(0, BLOCK_S)
+    dim = tl.arange(0, BLOCK_D)
+    first = program.to(tl.int64) * splits  # programs count rows in the order of the parts
+    part_logsumexp = tl.load(partial_logsumexp + first + part, mask=part < splits, other=float("-inf"))
+    largest = tl.max(part_logsumexp, 0)
+    weights = tl.exp2(part_logsumexp - tl.where(largest == float("-inf"), 0.0, largest))
+    total = tl.sum(weights, 0)
+    weights = weights / tl.where(total == 0.0, 1.0, total)
+    parts = load_tile(partial + (first + part)[:, None] * HEAD_DIM + dim[None, :], part < splits,
+                      HEAD_DIM, BLOCK_D, True)  # fmt: skip
+    acc = tl.sum(parts * weights[:, None], 0)
+
+    if HAS_PREFIX:
+        entry, slots, bad = choose_prefix(b, prefix_index, prefix_count, prefix_length)
+        gate_value = load_gate(gate, entry, head, slots, bad, gate_stride_prefix, gate_stride_head)
+        query_row = query + offset(b, query_strides[0], ALIGNMENT) + offset(head, query_strides[1], ALIGNMENT)
+        query_row += offset(position, query_strides[2], ALIGNMENT)
+        q = tl.load(query_row + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
+        head_kv = head // group
+        key_base = (prefix_key + offset(entry, prefix_key_strides[0], ALIGNMENT)
+                    + offset(head_kv, prefix_key_strides[1], ALIGNMENT))  # fmt: skip
+        value_base = (prefix_value + offset(entry, prefix_value_strides[0], ALIGNMENT)
+                      + offset(head_kv, prefix_value_strides[1], ALIGNMENT))  # fmt: skip
+        prefix_acc = tl.zeros([BLOCK_D], tl.float32)
+        total = tl.zeros([1], tl.float32)
+        largest = tl.full([1], float("-inf"), tl.float32)
+        for tile in tl.range(0, loop_bound(tl.cdiv(slots, BLOCK_P))):
+            slot = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+            prefix_k = load_tile(key_base + tile_offsets(slot, prefix_key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
+                                 slot < slots, HEAD_DIM, BLOCK_D, True)  # fmt: skip
+            prefix_v = load_tile(
+                value_base + tile_offsets(slot, prefix_value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
+                slot < slots, HEAD_DIM, BLOCK_D, True,
+            )  # fmt: skip
+            scores = tl.sum(prefix_k.to(tl.float32) * q[None, :], 1) * scale_log2
+            scores = tl.where(slot < slots, scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, 0))
+            rescale = tl.exp2(largest - new_largest)
+            slot_weights = tl.exp2(scores - new_largest)
+            total = total * rescale + tl.sum(slot_weights, 0)
+            prefix_acc = prefix_acc * rescale + tl.sum(slot_weights[:, None] * prefix_v.to(tl.float32), 0)
+            largest = new_largest
+        acc += prefix_acc * tl.where(total == 0.0, gate_value * 0.0, gate_value / tl.where(total == 0.0, 1.0, total))
+    output_row = output + offset(b, output_strides[0], ALIGNMENT) + offset(head, output_strides[1], ALIGNMENT)
+    output_row += offset(position, output_strides[2], ALIGNMENT)
+    tl.store(output_row + dim, acc.to(output.dtype.element_ty), mask=dim < HEAD_DIM)

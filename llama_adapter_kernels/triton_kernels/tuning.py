@@ -1,0 +1,132 @@
+"""Tile sizes: one short table per kind of card, instead of a search at the first call.
+
+An entry is (block_m query rows, block_n keys, warps, pipeline stages), chosen by phase, head_dim (rounded up to a power of
+two) and whether elements have 2 or 4 bytes. Every entry is compiled ahead of time by the tests, which check that it does
+not spill and fits the card's shared memory; README.md has the figures.
+
+Force other tiles with `use_tiles(forward=(64, 64, 4, 2))` or LAK_TRITON_TILES="forward=64,64,4,2 query_gradient=64,32,4,2".
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+TILES_VARIABLE = "LAK_TRITON_TILES"
+
+# Phases: one kernel each. `prefix` serves the kernels that are linear in the sequence (block_n is not used there).
+PHASES = ("forward", "key_gradient", "query_gradient", "prefix", "decode")
+
+# Shared memory a block may use, in KiB, by family.
+SHARED_MEMORY_KIB = {"sm80": 163, "sm86": 99, "sm90": 227, "sm100": 227}
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# 16-bit elements. Keys: phase, then the head_dim up to which the entry serves.
+_HALF: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm80": {
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+        "key_gradient": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "prefix": {64: Tile(64, 0, 4, 2), 128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)},
+        "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    },
+    "sm90": {
+        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+        "key_gradient": {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "prefix": {64: Tile(64, 0, 4, 2), 128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)},
+        "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    },
+}
+
+# float32 in full precision has no matrix instruction: small tiles, because operands live in registers.
+_SINGLE: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+    "key_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "query_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "prefix": {64: Tile(32, 0, 4, 1), 128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},
+    "decode": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+}
+
+_forced: dict[str, Tile] = {}
+
+
+def family(capability: tuple[int, int]) -> str:
+    """The row of the table for a compute capability. Unknown newer cards get what runs anywhere: the small-memory sm86."""
+    if capability[0] == 8:
+        return "sm80" if capability[1] in (0, 7) else "sm86"
+    if capability[0] == 9:
+        return "sm90"
+    return "sm100" if capability[0] in (10, 11) else "sm86"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; 8.0 stands for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; for the interpreter few, so that it does not run many tiny programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def table_entry(phase: str, dtype: torch.dtype, head_dim: int, card: str) -> Tile:
+    if dtype == torch.float32:
+        entries = _SINGLE[phase]
+    else:
+        entries = _HALF.get(card, _HALF["sm80"])[phase]
+    return next(tile for limit, tile in entries.items() if head_dim <= limit)
+
+
+def tile_for(phase: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Tile:
+    """The tile for one launch: forced by `use_tiles`, by the environment, or from the table."""
+    forced = _forced.get(phase) or _from_environment(os.environ.get(TILES_VARIABLE, "")).get(phase)
+    return forced or table_entry(phase, dtype, head_dim, family(capability(device)))
+
+
+@functools.cache
+def _from_environment(text: str) -> dict[str, Tile]:
+    tiles = {}
+    for item in text.split():
+        phase, _, numbers = item.partition("=")
+        tiles[phase] = _checked(phase, tuple(int(number) for number in numbers.split(",") if number.isdigit()))
+    return tiles
+
+
+def _checked(phase: str, numbers: tuple[int, ...]) -> Tile:
+    if phase not in PHASES:
+        raise ValueError(f"{TILES_VARIABLE}: expected a phase of {', '.join(PHASES)}, got {phase!r}")
+    if len(numbers) != 4:
+        raise ValueError(f"{TILES_VARIABLE}: expected {phase}=block_m,block_n,warps,stages, got {numbers}")
+    tile = Tile(*numbers)
+    if any(size < 16 or size & (size - 1) for size in tile[:2] if size or phase != "prefix"):
+        raise ValueError(f"{TILES_VARIABLE}: expected powers of two from 16 as block sizes of {phase}, got {tile[:2]}")
+    return tile
+
+
+@contextmanager
+def use_tiles(**tiles: tuple[int, int, int, int]) -> Iterator[None]:
+    """Within the context the named phases use these tiles (block_m, block_n, warps, stages).
+
+    Raises:
+        ValueError: an unknown phase, or a block size that is not a power of two from 16.
+    """
+    previous = dict(_forced)
+    _forced.update({phase: _checked(phase, tuple(numbers)) for phase, numbers in tiles.items()})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(previous)
