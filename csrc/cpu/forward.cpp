@@ -1,0 +1,270 @@
+// Forward: output = softmax(scale Q K^T) V + gate * softmax(scale Q Kp^T) Vp, and the log-sum-exp of the word branch.
+//
+// One task is a block of kBlockQueries query rows of one head. For each block of keys it computes S^T = K Q^T, keeps a
+// running maximum and sum per query (online softmax, base 2), and adds P V to one accumulator. The prefix comes last: its
+// probabilities, scaled by gate * l / l_p (l, l_p: row sums of the word and prefix branch), go into the SAME accumulator,
+// so that one division by l ends both softmaxes.
+//
+// Scratch of a worker: Q^T [head_dim][queries], S^T [keys][queries], accumulator [queries][head_dim], and the key and
+// value block as floats where storage is narrower. At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
+#include "kernel_table.h"
+#include "tiles.h"
+
+namespace lak::cpu::LAK_ISA {
+namespace {
+
+constexpr int64_t kBlockQueries = 64;
+constexpr int64_t kBlockKeys = 64;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class T>
+struct ForwardScratch {
+  using C = Compute<T>;
+  C *query_t, *scores, *accumulator, *keys, *values, *maximum, *sum, *rescale;
+
+  ForwardScratch(Scratch& s, int64_t head_dim) {
+    const int64_t padded = round_up(head_dim, kLanes<C>);
+    query_t = s.take<C>(head_dim * kBlockQueries);
+    scores = s.take<C>(kBlockKeys * kBlockQueries);
+    accumulator = s.take<C>(kBlockQueries * padded);
+    keys = s.take<C>(kBlockKeys * padded);
+    values = s.take<C>(kBlockKeys * padded);
+    maximum = s.take<C>(kBlockQueries);
+    sum = s.take<C>(kBlockQueries);
+    rescale = s.take<C>(kBlockQueries);
+  }
+};
+
+// One block of query rows of one head.
+template <class T>
+class ForwardBlock {
+  using C = Compute<T>;
+  static constexpr int64_t kLane = kLanes<C>;
+  static constexpr C kMinusInfinity = -__builtin_huge_val();
+
+ public:
+  ForwardBlock(const ZeroGateParams& params, const Sequence& sequence, int64_t b, int64_t head, int64_t first,
+               const ForwardScratch<T>& scratch)
+      : p(params), seq(sequence), batch(b), head_q(head), head_kv(head / (params.heads_q / params.heads_kv)), q0(first),
+        rows(smaller(kBlockQueries, sequence.queries - first)), padded_rows(round_up(rows, kLane)), depth(params.head_dim),
+        padded_depth(round_up(params.head_dim, kLane)), s(scratch) {}
+
+  void run() {
+    transpose(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0), p.query.stride_row, rows, padded_rows,
+              depth, static_cast<C>(p.scale * kLog2E), s.query_t, kBlockQueries);
+    for (int64_t i = 0; i < padded_rows; ++i) s.maximum[i] = kMinusInfinity, s.sum[i] = 0;
+    for (int64_t i = 0; i < rows * padded_depth; ++i) s.accumulator[i] = 0;
+    const int64_t end = visible_end(seq, q0 + rows - 1);
+    for (int64_t k0 = seq.key_begin; k0 < end; k0 += kBlockKeys) words(k0, smaller(kBlockKeys, end - k0));
+    write_logsumexp();
+    if (seq.prefix >= 0) prefix();
+    write_output();
+  }
+
+ private:
+  // S^T for keys [k0, k0 + n) and the online softmax step, then accumulator += P V.
+  void words(int64_t k0, int64_t n) {
+    const auto k = dense_rows<T, C>(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n,
+                                    depth, s.keys);
+    // Key k0 + t is hidden from queries below first_visible(t).
+    const int64_t hidden = k0 - seq.diagonal - q0;
+    const bool crosses_diagonal = hidden + n - 1 > 0;
+    for (int64_t t = 0; t < n; t += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, n - t);
+      // Whole vectors of queries that see none of these keys are left out.
+      const int64_t m0 = crosses_diagonal ? smaller(larger(hidden + t, 0), padded_rows) / kLane * kLane : 0;
+      for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLane) {
+        const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLane);
+        tile_function<RowByColumns, C>(tile_rows, vecs)(k.data + t * k.stride, k.stride, s.query_t + m, kBlockQueries,
+                                                        depth, s.scores + t * kBlockQueries + m, kBlockQueries, false);
+      }
+    }
+    if (p.mask.type != MaskType::kNone) add_mask(k0, n);
+    if (crosses_diagonal) {
+      for (int64_t m = 0; m < padded_rows; m += kLane) {
+        // The last key any lane of this vector sees; later ones count as probability 0.
+        const int64_t seen = larger(0, smaller(n, m + kLane - hidden));
+        hide_beyond_diagonal(m, hidden, seen);
+        softmax_step<1>(m, seen);
+        for (int64_t t = seen; t < n; ++t) store(s.scores + t * kBlockQueries + m, Vec<C>{});
+      }
+    } else {
+      int64_t m = 0;
+      for (; m + kTileVecs * kLane <= padded_rows; m += kTileVecs * kLane) softmax_step<kTileVecs>(m, n);
+      for (; m < padded_rows; m += kLane) softmax_step<1>(m, n);
+    }
+    const auto v = dense_rows<T, C>(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
+                                    n, depth, s.values);
+    accumulate(v, n, s.rescale, crosses_diagonal ? hidden : -n);
+  }
+
+  void hide_beyond_diagonal(int64_t m, int64_t hidden, int64_t seen) {
+    Vec<C> lane;
+    for (int64_t i = 0; i < kLane; ++i) lane[i] = static_cast<C>(m + i);
+    for (int64_t t = larger(0, m - hidden); t < seen; ++t) {  // keys before are seen by every lane
+      C* row = s.scores + t * kBlockQueries + m;
+      store(row, lane >= broadcast(static_cast<C>(hidden + t)) ? load(row) : broadcast(kMinusInfinity));
+    }
+  }
+
+  void add_mask(int64_t k0, int64_t n) {
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t offset = batch * p.mask.stride_batch + head_q * p.mask.stride_head + (q0 + m) * p.mask.stride_query;
+      for (int64_t t = 0; t < n; ++t) {
+        s.scores[t * kBlockQueries + m] +=
+            mask_value<C>(p.mask, offset + (k0 + t) * p.mask.stride_key) * static_cast<C>(kLog2E);
+      }
+    }
+  }
+
+  // Scores of n keys become probabilities relative to the new running maximum; rescale says what became of the old one.
+  template <int VECS>
+  void softmax_step(int64_t m, int64_t n) {
+    Vec<C> highest[VECS], total[VECS], reference[VECS];
+    for (int v = 0; v < VECS; ++v) highest[v] = load(s.maximum + m + v * kLane);
+    for (int64_t t = 0; t < n; ++t)
+      for (int v = 0; v < VECS; ++v)
+        highest[v] = maximum<C>(load(s.scores + t * kBlockQueries + m + v * kLane), highest[v]);
+    for (int v = 0; v < VECS; ++v) {
+      // A query that has seen nothing yet: any finite reference keeps -inf - reference at -inf.
+      reference[v] = highest[v] == broadcast(kMinusInfinity) ? Vec<C>{} : highest[v];
+      const Vec<C> rescale = exp2_nonpositive(load(s.maximum + m + v * kLane) - reference[v]);
+      store(s.rescale + m + v * kLane, rescale);
+      store(s.maximum + m + v * kLane, highest[v]);
+      total[v] = load(s.sum + m + v * kLane) * rescale;
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      for (int v = 0; v < VECS; ++v) {
+        C* at = s.scores + t * kBlockQueries + m + v * kLane;
+        const Vec<C> probability = exp2_nonpositive(load(at) - reference[v]);
+        store(at, probability);
+        total[v] += probability;
+      }
+    }
+    for (int v = 0; v < VECS; ++v) store(s.sum + m + v * kLane, total[v]);
+  }
+
+  // accumulator[m] = rescale[m] * accumulator[m] + sum_t P[t][m] V[t]; query m sees keys up to m - hidden.
+  void accumulate(const Rows<T, C>& v, int64_t n, const C* rescale, int64_t hidden) {
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, rows - m);
+      const int64_t seen = larger(0, smaller(n, m + tile_rows - hidden));
+      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
+        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
+        tile_function<ColumnByColumns, C>(tile_rows, vecs)(s.scores + m, kBlockQueries, v.data + d, v.stride, seen,
+                                                           s.accumulator + m * padded_depth + d, padded_depth,
+                                                           rescale ? rescale + m : nullptr);
+      }
+    }
+  }
+
+  // S_p^T for prefix slots [slot, slot + n).
+  void prefix_scores(int64_t slot, int64_t n) {
+    const auto k = dense_rows<T, C>(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, slot), p.prefix_key.stride_row,
+                                    n, depth, s.keys);
+    multiply(k.data, k.stride, s.query_t, kBlockQueries, n, depth, padded_rows, s.scores, kBlockQueries, false);
+  }
+
+  void prefix() {
+    // The word branch's sums stay in s.sum; the prefix has its own maximum and sum, found before anything is added.
+    alignas(64) C sum[kBlockQueries];
+    for (int64_t m = 0; m < padded_rows; ++m) {
+      sum[m] = s.sum[m] == 0 ? C(1) : s.sum[m];  // a row that saw no key: O = gate * O_p
+      s.maximum[m] = kMinusInfinity, s.sum[m] = 0;
+    }
+    const int64_t slots = p.prefix_length;
+    const bool one_tile = slots <= kBlockKeys;
+    for (int64_t slot = 0; slot < slots; slot += kBlockKeys) {
+      const int64_t n = smaller(kBlockKeys, slots - slot);
+      prefix_scores(slot, n);
+      for (int64_t m = 0; m < padded_rows; m += kLane) softmax_step<1>(m, n);
+    }
+    const C gate = gate_of<C>(p, seq.prefix, head_q);
+    for (int64_t slot = 0; slot < slots; slot += kBlockKeys) {
+      const int64_t n = smaller(kBlockKeys, slots - slot);
+      if (!one_tile) prefix_scores(slot, n);
+      for (int64_t m = 0; m < padded_rows; m += kLane) {
+        const Vec<C> factor = broadcast(gate) * load(sum + m) / load(s.sum + m);
+        const Vec<C> highest = load(s.maximum + m);
+        for (int64_t t = 0; t < n; ++t) {
+          C* at = s.scores + t * kBlockQueries + m;
+          store(at, (one_tile ? load(at) : exp2_nonpositive(load(at) - highest)) * factor);
+        }
+      }
+      const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, slot),
+                                      p.prefix_value.stride_row, n, depth, s.values);
+      accumulate(v, n, nullptr, -n);
+    }
+    for (int64_t m = 0; m < padded_rows; ++m) s.sum[m] = sum[m];
+  }
+
+  void write_logsumexp() {
+    if (!p.logsumexp.data) return;
+    C* out = row_statistic<C>(p.logsumexp, batch, head_q, seq.first_query + q0);
+    for (int64_t m = 0; m < rows; ++m) {
+      out[m] = s.sum[m] == 0 ? kMinusInfinity : (s.maximum[m] + __builtin_log2(s.sum[m])) * static_cast<C>(kLn2);
+    }
+  }
+
+  void write_output() {
+    for (int64_t m = 0; m < rows; ++m) {
+      const C factor = s.sum[m] == 0 ? C(0) : C(1) / s.sum[m];
+      narrow_row(s.accumulator + m * padded_depth, factor, depth,
+                 row_pointer<T>(p.output, batch, head_q, seq.first_query + q0 + m));
+    }
+  }
+
+  const ZeroGateParams& p;
+  const Sequence& seq;
+  const int64_t batch, head_q, head_kv, q0, rows, padded_rows, depth, padded_depth;
+  const ForwardScratch<T>& s;
+};
+
+template <class T>
+int64_t scratch_bytes(int64_t head_dim) {
+  Scratch counter(nullptr);
+  ForwardScratch<T> scratch(counter, head_dim);
+  return counter.used();
+}
+
+template <class T>
+void forward_typed(const ZeroGateParams& p, const Parallel& parallel) {
+  const int64_t blocks = (p.seq_q + kBlockQueries - 1) / kBlockQueries;
+  const int64_t bytes = scratch_bytes<T>(p.head_dim);
+  run_tasks(parallel, p.batch * p.heads_q * blocks, [&](int64_t task, int64_t worker) {
+    // The blocks of one head follow each other, so that its keys and values stay in cache; the last, longest one first.
+    const int64_t block = blocks - 1 - task % blocks, head = task / blocks % p.heads_q, b = task / blocks / p.heads_q;
+    const Sequence sequence = sequence_of(p, b);
+    if (block * kBlockQueries >= sequence.queries) return;
+    Scratch memory(static_cast<char*>(p.workspace) + worker * bytes);
+    const ForwardScratch<T> scratch(memory, p.head_dim);
+    ForwardBlock<T>(p, sequence, b, head, block * kBlockQueries, scratch).run();
+  });
+}
+
+template <class F>
+auto with_storage_type(DataType dtype, const F& f) {
+  switch (dtype) {
+    case DataType::kBFloat16: return f(BFloat16{});
+    case DataType::kFloat16: return f(Float16{});
+    case DataType::kFloat64: return f(double{});
+    case DataType::kFloat32: break;
+  }
+  return f(float{});
+}
+
+}  // namespace
+
+int64_t forward_workspace(const ZeroGateParams& p, int threads) {
+  return threads * with_storage_type(p.dtype, [&](auto type) { return scratch_bytes<decltype(type)>(p.head_dim); });
+}
+
+void forward(const ZeroGateParams& p, const Parallel& parallel) {
+  with_storage_type(p.dtype, [&](auto type) {
+    forward_typed<decltype(type)>(p, parallel);
+    return 0;
+  });
+}
+
+}  // namespace lak::cpu::LAK_ISA

@@ -1,0 +1,37 @@
+// The functions every instruction set provides, in a namespace of its own.
+#pragma once
+
+#include "cpu_kernels.h"
+
+namespace lak::cpu {
+
+struct KernelTable {
+  int64_t (*forward_workspace)(const ZeroGateParams&, int);
+  int64_t (*backward_workspace)(const ZeroGateParams&, int);
+  int64_t (*decode_workspace)(const ZeroGateParams&, int);
+  void (*forward)(const ZeroGateParams&, const Parallel&);
+  void (*backward)(const ZeroGateParams&, const Parallel&);
+  void (*decode)(const ZeroGateParams&, const Parallel&);
+};
+
+#define LAK_DECLARE_KERNELS(isa)                            \
+  namespace isa {                                           \
+  int64_t forward_workspace(const ZeroGateParams&, int);    \
+  int64_t backward_workspace(const ZeroGateParams&, int);   \
+  int64_t decode_workspace(const ZeroGateParams&, int);     \
+  void forward(const ZeroGateParams&, const Parallel&);     \
+  void backward(const ZeroGateParams&, const Parallel&);    \
+  void decode(const ZeroGateParams&, const Parallel&);      \
+  inline constexpr KernelTable kTable{                      \
+      forward_workspace, backward_workspace, decode_workspace, forward, backward, decode}; \
+  }
+
+LAK_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+LAK_DECLARE_KERNELS(avx2)
+LAK_DECLARE_KERNELS(avx512)
+LAK_DECLARE_KERNELS(avx512_bf16)
+#endif
+#undef LAK_DECLARE_KERNELS
+
+}  // namespace lak::cpu

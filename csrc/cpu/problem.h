@@ -1,0 +1,110 @@
+// What forward, backward and decode share about a problem: one sequence's rows, keys and prefix, and the work queue.
+#pragma once
+
+#include <cstdint>
+
+#include "../zero_gate_params.h"
+#include "cpu_kernels.h"
+#include "simd.h"
+
+namespace lak::cpu::LAK_ISA {
+
+LAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LAK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+LAK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// One sequence of the batch. Padded and packed problems differ only here.
+struct Sequence {
+  int64_t first_query, queries;  // rows in the query tensor
+  int64_t first_key;             // row of key 0 in the key tensor
+  int64_t keys;                  // rows that exist
+  int64_t key_begin, key_end;    // the window of valid keys
+  int64_t diagonal;              // query i sees key j when j <= i + diagonal
+  int64_t prefix;                // entry of the prefix table, -1: none
+};
+
+LAK_INLINE Sequence sequence_of(const ZeroGateParams& p, int64_t b) {
+  Sequence s;
+  s.first_query = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
+  s.queries = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - s.first_query : p.seq_q;
+  s.first_key = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
+  s.keys = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - s.first_key : p.seq_k;
+  s.key_begin = p.key_start ? larger(0, p.key_start[b]) : 0;
+  s.key_end = p.key_end ? smaller(p.key_end[b], s.keys) : s.keys;
+  s.diagonal = p.is_causal ? s.key_end - s.queries : s.keys;
+  s.prefix = -1;
+  if (p.prefix_length > 0 && p.prefix_count > 0) {
+    s.prefix = p.prefix_index ? p.prefix_index[b] : p.prefix_count == 1 ? 0 : b;
+  }
+  return s;
+}
+
+// Keys [key_begin, visible_end) are seen by at least one of the queries up to last_query.
+LAK_INLINE int64_t visible_end(const Sequence& s, int64_t last_query) {
+  return smaller(s.key_end, last_query + s.diagonal + 1);
+}
+
+template <class T>
+LAK_INLINE T* row_pointer(const TensorView& v, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(v.data) + b * v.stride_batch + h * v.stride_head + row * v.stride_row;
+}
+template <class C>
+LAK_INLINE C* row_statistic(const RowView& v, int64_t b, int64_t h, int64_t row) {
+  return static_cast<C*>(v.data) + b * v.stride_batch + h * v.stride_head + row;
+}
+template <class C>
+LAK_INLINE C gate_of(const ZeroGateParams& p, int64_t prefix, int64_t h) {
+  return static_cast<const C*>(p.gate)[prefix * p.gate_stride_prefix + h * p.gate_stride_head];
+}
+
+// Reads one element of a mask as what is added to the scaled score: 0 or -inf for a bool mask.
+template <class C>
+LAK_INLINE C mask_value(const MaskView& mask, int64_t offset) {
+  constexpr C minus_infinity = -__builtin_huge_val();
+  switch (mask.type) {
+    case MaskType::kBool: return static_cast<const uint8_t*>(mask.data)[offset] ? C(0) : minus_infinity;
+    case MaskType::kFloat32: return static_cast<C>(static_cast<const float*>(mask.data)[offset]);
+    case MaskType::kBFloat16: return widen(static_cast<const BFloat16*>(mask.data)[offset]);
+    case MaskType::kFloat16: return widen(static_cast<const Float16*>(mask.data)[offset]);
+    case MaskType::kFloat64: return static_cast<C>(static_cast<const double*>(mask.data)[offset]);
+    case MaskType::kNone: break;
+  }
+  return 0;
+}
+
+// Tasks are taken one by one from a shared counter, so that threads finish together however uneven causal blocks are.
+// Every task writes its own rows, so results do not depend on who runs it. `worker` selects the scratch memory.
+template <class Work>
+void run_tasks(const Parallel& parallel, int64_t tasks, const Work& work) {
+  struct Context {
+    const Work* work;
+    int64_t tasks;
+    int64_t next;
+  } context{&work, tasks, 0};
+  const auto body = +[](void* opaque, int64_t begin, int64_t end) {
+    auto* c = static_cast<Context*>(opaque);
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task; (task = __atomic_fetch_add(&c->next, 1, __ATOMIC_RELAXED)) < c->tasks;) (*c->work)(task, worker);
+    }
+  };
+  parallel.run(smaller(parallel.threads, tasks), body, &context);
+}
+
+// Hands out aligned pieces of a scratch buffer; with a null base it only counts.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+  template <class C>
+  C* take(int64_t count) {
+    C* piece = reinterpret_cast<C*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(C)), 64);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace lak::cpu::LAK_ISA

@@ -1,0 +1,252 @@
+// Vectors of float and double for one instruction set, and conversions from the storage types.
+//
+// This header is compiled once per instruction set, inside namespace lak::cpu::LAK_ISA, so that no function compiled for a
+// newer CPU can ever be called on an older one. GCC and Clang vector extensions carry the arithmetic (they compile for
+// any CPU, multiply-adds are contracted); intrinsics appear only where an extension has no word for the instruction.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef LAK_ISA
+#error "LAK_ISA names the instruction set this file is compiled for"
+#endif
+
+namespace lak::cpu::LAK_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+#define LAK_INLINE inline __attribute__((always_inline))
+
+template <class C>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class C>
+using Vec = typename VectorOf<C>::Type;
+template <class C>
+using IntVec = typename VectorOf<C>::Int;
+template <class C>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
+
+template <class C>
+LAK_INLINE Vec<C> load(const C* p) {
+  return *reinterpret_cast<const typename VectorOf<C>::Unaligned*>(p);
+}
+template <class C>
+LAK_INLINE void store(C* p, Vec<C> v) {
+  *reinterpret_cast<typename VectorOf<C>::Unaligned*>(p) = v;
+}
+template <class C>
+LAK_INLINE Vec<C> broadcast(C x) {
+  return x - Vec<C>{};  // a splat: x - 0 is x for every x, -0 included
+}
+template <class C>
+LAK_INLINE Vec<C> maximum(Vec<C> a, Vec<C> b) {
+  return a > b ? a : b;
+}
+
+// 2^x for x <= 0 or so (softmax arguments), 0 below the smallest normal number, exactly 1 for 0. -inf gives 0, NaN gives NaN.
+// x = n + f with |f| <= 1/2: 2^f by a polynomial (float: minimax of degree 6, error below 1 ulp; double: Taylor of degree 13,
+// below 1.5 ulp), 2^n by adding n to the exponent.
+LAK_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
+  using V = Vec<float>;
+  using I = IntVec<float>;
+  const V round_shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const V clamped = maximum<float>(broadcast(-150.0f), x);  // NaN: second operand
+  const V shifted = clamped + round_shift;
+  const V f = clamped - (shifted - round_shift);
+  V p = broadcast(1.5353360e-4f);
+  p = p * f + 1.3398875e-3f;
+  p = p * f + 9.6184369e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const I exponent = ((I)shifted) << 23;
+  const V result = (V)(((I)p) + exponent);
+  return x < broadcast(-125.5f) ? V{} : result;
+}
+
+LAK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
+  using V = Vec<double>;
+  using I = IntVec<double>;
+  const V round_shift = broadcast(6755399441055744.0);  // 1.5 * 2^52
+  const V clamped = maximum<double>(broadcast(-1100.0), x);
+  const V shifted = clamped + round_shift;
+  const V f = clamped - (shifted - round_shift);
+  // ln(2)^k / k!; the first term left out is below 6e-18 for |f| <= 1/2
+  V p = broadcast(1.3691488853904129e-12);
+  p = p * f + 2.5678435993488206e-11;
+  p = p * f + 4.4455382718708116e-10;
+  p = p * f + 7.0549116208011233e-9;
+  p = p * f + 1.0178086009239699e-7;
+  p = p * f + 1.3215486790144307e-6;
+  p = p * f + 1.5252733804059841e-5;
+  p = p * f + 1.5403530393381608e-4;
+  p = p * f + 1.3333558146428443e-3;
+  p = p * f + 9.6181291076284772e-3;
+  p = p * f + 5.5504108664821580e-2;
+  p = p * f + 2.4022650695910071e-1;
+  p = p * f + 6.9314718055994531e-1;
+  p = p * f + 1.0;
+  const I exponent = ((I)shifted) << 52;
+  const V result = (V)(((I)p) + exponent);
+  return x < broadcast(-1021.5) ? V{} : result;
+}
+
+// ---- storage types ----
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+LAK_INLINE float widen(float x) { return x; }
+LAK_INLINE double widen(double x) { return x; }
+LAK_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+LAK_INLINE float widen(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift the 15 value bits into place and correct the exponent bias by a multiplication, which handles denormals too.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  float value;
+  std::memcpy(&value, &magnitude, 4);
+  value *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (magnitude >= (0x7c00u << 13)) bits = magnitude | 0x7f800000u;  // infinity and NaN
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+LAK_INLINE void narrow(float x, float& to) { to = x; }
+LAK_INLINE void narrow(double x, double& to) { to = x; }
+LAK_INLINE void narrow(float x, BFloat16& to) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to.bits = x != x ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+LAK_INLINE void narrow(float x, Float16& to) {
+#if defined(__F16C__)
+  to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits >= 0x47800000u) {  // too large, infinity or NaN
+    half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (bits < 0x38800000u) {  // denormal: the addition rounds at the right bit
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&half, &value, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
+  }
+  to.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// The type sums are kept in for a storage type.
+template <class T>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::Type;
+
+// kLanes consecutive elements of storage as one vector.
+LAK_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+LAK_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+LAK_INLINE Vec<float> load_wide(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  Vec<float> v{};
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+LAK_INLINE Vec<float> load_wide(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v{};
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+LAK_INLINE void store_narrow(float* p, Vec<float> v) { store(p, v); }
+LAK_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
+LAK_INLINE void store_narrow(Float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], p[i]);
+#endif
+}
+LAK_INLINE void store_narrow(BFloat16* p, Vec<float> v) {
+  using I = IntVec<float>;
+  const I bits = (I)v;
+  I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v == v ? rounded : I{} + 0x7fc0;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+#endif
+}
+
+template <class C>
+LAK_INLINE C horizontal_sum(Vec<C> v) {
+  C sum = 0;
+  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
+  return sum;
+}
+
+}  // namespace lak::cpu::LAK_ISA
