@@ -1,0 +1,54 @@
+"""The command `llama-adapter`. Each subcommand lives in `commands/`; heavy imports happen inside them."""
+
+import logging
+import os
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from llama_adapter_kernels.commands import demo, finetune, generate, info
+from llama_adapter_kernels.errors import UserError
+
+
+class _Commands(TyperGroup):
+    """Prints a user's mistake as one line instead of a stack trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.secho("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Zero-init attention (LLaMA-Adapter): fine-tune an adapter, generate with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(verbose: Annotated[bool, typer.Option("--verbose", help="Say more while working.")] = False) -> None:
+    # The other processes of a torchrun would say the same again.
+    main_process = os.environ.get("RANK", "0") == "0"
+    level = (logging.DEBUG if verbose else logging.INFO) if main_process else logging.ERROR
+    package = logging.getLogger("llama_adapter_kernels")
+    package.setLevel(level)
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+
+
+app.command()(finetune.finetune)
+app.command()(generate.generate)
+app.command()(demo.demo)
+app.command()(info.info)

@@ -1,0 +1,92 @@
+"""`llama-adapter finetune`."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Option = typer.Option
+
+
+def finetune(
+    model: Annotated[str, Option(help="Base model: a local Hugging Face folder or a hub name.")],
+    data: Annotated[Path, Option(help="Alpaca JSON or JSONL: objects with instruction, input (optional), output.")],
+    output: Annotated[Path, Option(help="Folder for the adapter, its checkpoints and logs.")],
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in OUTPUT from its last checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in OUTPUT.")] = False,
+    skip_bad_rows: Annotated[bool, Option("--skip-bad-rows", help="Leave out rows that do not fit; count them.")] = False,
+    prefix_length: Annotated[int, Option(help="Prompt tokens per layer.")] = 10,
+    layers: Annotated[int | None, Option(help="Topmost layers with prompts.  [default: all but the lowest 2]")] = None,
+    gate: Annotated[str, Option(help="tanh or identity.")] = "tanh",
+    gate_shape: Annotated[str, Option(help="head or scalar.")] = "head",
+    epochs: Annotated[int, Option(help="Passes over the data.")] = 5,
+    warmup_epochs: Annotated[float, Option(help="Linear warm-up; at most 2/5 of the run.")] = 2.0,
+    max_steps: Annotated[int | None, Option(help="Stop after so many steps, whatever --epochs says.")] = None,
+    batch_size: Annotated[int, Option(help="Examples per step, over all processes.")] = 64,
+    micro_batch_size: Annotated[int, Option(help="Examples per process at a time: as many as memory allows.")] = 8,
+    base_learning_rate: Annotated[float, Option(help="For 256 examples per step; scales with --batch-size.")] = 9e-3,
+    weight_decay: Annotated[float, Option(help="AdamW's.")] = 0.02,
+    max_gradient_norm: Annotated[float, Option(help="Clip the gradient's norm; 0: never.")] = 0.0,
+    max_length: Annotated[int, Option(help="Tokens; longer examples are truncated.")] = 512,
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
+    gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    save_steps: Annotated[int | None, Option(help="Steps between checkpoints.  [default: an epoch, at most 500]")] = None,
+    keep_checkpoints: Annotated[int, Option(help="Older ones are removed.")] = 2,
+    log_steps: Annotated[int, Option(help="Steps between logged losses.")] = 10,
+    tensorboard: Annotated[bool, Option(help="Log to OUTPUT/tensorboard besides training_log.csv.")] = True,
+    progress_bar: Annotated[bool, Option(help="Show one.")] = True,
+    seed: Annotated[int, Option(help="Of prompts and the order of examples.")] = 0,
+    cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
+) -> None:
+    """Fine-tune an adapter on instructions. The base model stays frozen and only the adapter is saved.
+
+    Defaults are the paper's recipe. Several GPUs or processes: torchrun --nproc-per-node N -m llama_adapter_kernels finetune ...
+    """
+    import torch
+
+    from llama_adapter_kernels.finetune import finetune as run
+    from llama_adapter_kernels.settings import Execution, Settings
+
+    settings = Settings(
+        prefix_length=prefix_length,
+        layers=layers,
+        gate=gate,
+        gate_shape=gate_shape,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        base_learning_rate=base_learning_rate,
+        weight_decay=weight_decay,
+        max_gradient_norm=max_gradient_norm,
+        max_length=max_length,
+        dtype=dtype,
+        seed=seed,
+    )
+    execution = Execution(
+        micro_batch_size=micro_batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        keep_checkpoints=keep_checkpoints,
+        log_steps=log_steps,
+        tensorboard=tensorboard,
+        progress_bar=progress_bar,
+        on_cpu=cpu or not torch.cuda.is_available(),
+    )
+    outcome = run(
+        model, data, output, settings, execution, resume=resume, overwrite=overwrite, skip_bad_rows=skip_bad_rows
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not outcome.finished:
+        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+        typer.echo(f"Stopped after step {outcome.step}; everything up to there is saved in {output}. Go on with:")
+        typer.echo(f"  llama-adapter {shlex.join([*again, '--resume'])}")
+        raise typer.Exit(130)
+    if outcome.losses:
+        typer.echo(f"Loss {outcome.losses[min(outcome.losses)]:.4f} at first, {outcome.losses[max(outcome.losses)]:.4f} at last")
+    typer.echo(f"{outcome.step} steps in {outcome.seconds:.0f} s. The adapter is saved in {output}. Try it with:")
+    typer.echo(f"  llama-adapter generate --model {shlex.quote(model)} --adapter {shlex.quote(str(output))}")

@@ -1,0 +1,53 @@
+"""`llama-adapter info`: what is built and what is usable here."""
+
+import typer
+
+
+def info() -> None:
+    """Show versions, backends and why one is not usable, CPU instruction sets and GPU kernels."""
+    import platform
+
+    import torch
+
+    import llama_adapter_kernels as lak
+    from llama_adapter_kernels import backends, ops
+
+    typer.echo(f"llama-adapter-kernels {lak.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    for package in ("transformers", "triton", "peft"):
+        typer.echo(f"{package}: {_version(package) or 'not installed'}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        typer.echo(f"Backends on {device}:")
+        for backend in backends.BACKENDS:
+            reason = backends.unavailable_reason(backend, device)
+            typer.echo(f"  {backend:<10} {'available' if reason is None else f'not available: {reason}'}")
+    if ops.library_error is None:
+        usable, used = ops.cpu_instruction_sets()
+        typer.echo(f"CPU instruction sets: {', '.join(usable)}; in use: {used}; threads: {torch.get_num_threads()}")
+    for line in _cuda_lines():
+        typer.echo(line)
+
+
+def _cuda_lines() -> list[str]:
+    """What the CUDA library says of its architectures and kernels, one line each; why not, where it is not there."""
+    import torch
+
+    from llama_adapter_kernels import ops
+
+    if ops.cuda_library_error is not None:
+        return [f"CUDA library: {ops.cuda_library_error}"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}")
+    report = getattr(ops, "cuda_kernel_report", None)
+    return lines + (report() if report is not None else [])
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

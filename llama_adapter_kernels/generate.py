@@ -1,0 +1,154 @@
+"""Answers to instructions, with or without an adapter: one, a batch of different lengths, or streamed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama_adapter_kernels as lak
+from llama_adapter_kernels.data import Row, prompt_tokens, read_rows
+from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the most probable one; else from the `top_p` most probable mass."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UserError(f"--temperature: expected at least 0 (greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p: expected more than 0 and at most 1, got {self.top_p}")
+
+
+class Answerer:
+    """A model, its tokenizer and, where one is attached, its adapter."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        ends = model.generation_config.eos_token_id
+        self.end_tokens = sorted({tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])} - {None})
+        if not self.end_tokens:
+            raise UserError("neither model nor tokenizer has an end-of-sequence token: an answer would never end")
+
+    @torch.inference_mode()
+    def answer(self, rows: Sequence[Row], sampling: Sampling, stream: Callable[[str], None] | None = None) -> list[str]:
+        """The answers to one batch; every one ends at its own end of sequence.
+
+        Args:
+            rows: instructions of any lengths; they are padded on the left. `output` is not looked at.
+            stream: receives the pieces of text as they come; for a single row only.
+
+        Raises:
+            UserError: a prompt leaves no room in the model's context.
+        """
+        prompts = [prompt_tokens(row, self.tokenizer) for row in rows]
+        longest = max(map(len, prompts))
+        context = self.model.config.max_position_embeddings
+        if longest >= context:
+            raise UserError(f"an instruction has {longest} tokens, the model's context ends at {context}")
+        input_ids, attention_mask = left_padded(prompts, self._padding_token)
+        streamer = None if stream is None else _streamer(self.tokenizer, stream)
+        tokens = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            generation_config=self._generation_config(sampling, context - longest),
+            streamer=streamer,
+        )
+        return [self._text(row) for row in tokens[:, longest:].tolist()]
+
+    def answer_all(self, rows: Sequence[Row], sampling: Sampling, batch_size: int) -> Iterator[tuple[int, str]]:
+        """(number of the row, its answer) for any number of rows; similar lengths share a batch to save padding."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt), reverse=True)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            yield from zip(numbers, self.answer([rows[i] for i in numbers], sampling), strict=True)
+
+    @property
+    def _padding_token(self) -> int:
+        # Padding is masked away: which token it is makes no difference.
+        padding = self.tokenizer.pad_token_id
+        return self.end_tokens[0] if padding is None else int(padding)
+
+    def _generation_config(self, sampling: Sampling, room: int) -> Any:
+        from transformers import GenerationConfig
+
+        sampled = sampling.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            do_sample=sampled,
+            temperature=sampling.temperature if sampled else 1.0,
+            top_p=sampling.top_p if sampled else 1.0,
+            top_k=0 if sampled else 50,
+            num_beams=1,
+            eos_token_id=self.end_tokens,
+            pad_token_id=self._padding_token,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        end = next((i for i, token in enumerate(tokens) if token in self.end_tokens), len(tokens))
+        return str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+
+
+def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: str) -> Answerer:
+    """The base model, with the adapter in the folder `adapter` if there is one.
+
+    Raises:
+        UserError: there is no such model or adapter, or the adapter is for another model.
+    """
+    network, tokenizer = load_model_and_tokenizer(model, dtype)
+    if adapter is not None:
+        if not adapter.is_dir():
+            raise UserError(f"--adapter {adapter}: no such folder")
+        with adapter_error_as_user_error():
+            lak.load_adapter(network, adapter)
+    return Answerer(network.to(device), tokenizer)
+
+
+def read_instructions(path: Path) -> list[Row]:
+    """Rows of Alpaca JSON or JSONL (output not needed), or of a .txt file with one instruction a line.
+
+    Raises:
+        UserError: as `data.read_rows`.
+    """
+    if path.suffix != ".txt":
+        return read_rows(path, need_output=False)
+    try:
+        rows = [Row(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
+    if not rows:
+        raise UserError(f"{path}: no instructions")
+    return rows
+
+
+def left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """(tokens, mask), both [batch, longest] int64; the mask is 0 on padding."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return tokens, mask
+
+
+def _streamer(tokenizer: Any, receive: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            receive(text + ("\n" if stream_end else ""))
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
