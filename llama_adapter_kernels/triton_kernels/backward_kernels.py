@@ -40,41 +40,47 @@ VARYING = (
 @triton.jit
 def sweep_queries(
     dkey, dvalue, key, value, query_tile, doutput_tile, logsumexp_base, delta_base, mask_base,
-    query_stride, doutput_stride, mask_stride_query, mask_stride_key, columns, column_valid, start_first, blocks,
-    diagonal, queries, scale_log2,
+    query_stride_head, query_stride, doutput_stride_head, doutput_stride, mask_stride_head, mask_stride_query,
+    mask_stride_key, heads, statistics_stride_head, columns, column_valid, start_first, blocks, diagonal, queries,
+    scale_log2,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Adds `blocks` blocks of queries from row `start_first` (negative rows are not there) to dK / scale and dV.
+    """Adds to dK / scale and dV, for each of `heads` query heads, `blocks` blocks of queries from row `start_first`.
 
-    Without CHECK every row sees every valid key. Columns of keys that are not valid hold anything: they only reach rows
-    of dK and dV that the caller zeroes.
+    Negative rows are not there. Pointers are those of the first head. Without CHECK every row sees every valid key.
+    Columns of keys that are not valid hold anything: they only reach rows of dK and dV that the caller zeroes.
+    One loop over (head, block): with a loop in a loop, ptxas keeps the key and value tiles twice and spills.
     """
-    for block in tl.range(0, loop_bound(blocks)):
-        start = start_first + block * BLOCK_M
+    divisor = tl.maximum(blocks, 1)  # the pipeline divides before it knows that there is no block
+    for step in tl.range(0, loop_bound(heads * blocks)):
+        head = start_first * 0 + step // divisor
+        start = start_first + step % divisor * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
         row_valid = (rows >= 0) & (rows < queries)
-        query = load_tile(query_tile + offset(start, query_stride, ALIGNMENT), row_valid, HEAD_DIM, BLOCK_D, CHECK)
+        query_now = query_tile + offset(head, query_stride_head, ALIGNMENT) + offset(start, query_stride, ALIGNMENT)
+        query = load_tile(query_now, row_valid, HEAD_DIM, BLOCK_D, CHECK)
         scores = dot(key, tl.trans(query)) * scale_log2
+        statistics = head.to(tl.int64) * statistics_stride_head + rows
         if CHECK:
-            row_logsumexp = tl.load(logsumexp_base + rows, mask=row_valid, other=0.0)
-            row_delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
+            row_logsumexp = tl.load(logsumexp_base + statistics, mask=row_valid, other=0.0)
+            row_delta = tl.load(delta_base + statistics, mask=row_valid, other=0.0)
             row_logsumexp = tl.where(row_logsumexp == float("-inf"), 0.0, row_logsumexp)
             visible = column_valid[:, None] & row_valid[None, :]
             if MASK != MASK_NONE:
-                pointers = mask_base + offset(rows, mask_stride_query, 1)[None, :]
+                pointers = mask_base + offset(head, mask_stride_head, 1) + offset(rows, mask_stride_query, 1)[None, :]
                 pointers += offset(columns, mask_stride_key, 1)[:, None]
                 scores = apply_mask(scores, pointers, visible, MASK)
             if CAUSAL:
                 visible = visible & (columns[:, None] <= rows[None, :] + diagonal)
             scores = tl.where(visible, scores, float("-inf"))
         else:
-            row_logsumexp = tl.load(logsumexp_base + rows)
-            row_delta = tl.load(delta_base + rows)
+            row_logsumexp = tl.load(logsumexp_base + statistics)
+            row_delta = tl.load(delta_base + statistics)
         probabilities = tl.exp2(scores - (row_logsumexp * LOG2E)[None, :])
-        doutput = load_tile(
-            doutput_tile + offset(start, doutput_stride, ALIGNMENT), row_valid, HEAD_DIM, BLOCK_D, CHECK
-        )
+        doutput_now = doutput_tile + offset(head, doutput_stride_head, ALIGNMENT)
+        doutput_now += offset(start, doutput_stride, ALIGNMENT)
+        doutput = load_tile(doutput_now, row_valid, HEAD_DIM, BLOCK_D, CHECK)
         dvalue = dot_add(probabilities.to(doutput.dtype), doutput, dvalue)
         dscores = probabilities * (dot(value, tl.trans(doutput)) - row_delta[None, :])
         dkey = dot_add(dscores.to(query.dtype), query, dkey)
@@ -128,35 +134,36 @@ def key_gradient_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     row = tl.arange(0, BLOCK_M)
-    for member in tl.range(0, loop_bound(group)):
-        head = head_kv * group + member
-        query_tile = (
-            query + offset(b, query_strides[0], ALIGNMENT) + offset(head, query_strides[1], ALIGNMENT)
-            + offset(query_first, query_strides[2], ALIGNMENT)
-            + tile_offsets(row, query_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-        )  # fmt: skip
-        doutput_tile = (
-            doutput + offset(b, doutput_strides[0], ALIGNMENT) + offset(head, doutput_strides[1], ALIGNMENT)
-            + offset(query_first, doutput_strides[2], ALIGNMENT)
-            + tile_offsets(row, doutput_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-        )  # fmt: skip
-        logsumexp_base = statistics_base(logsumexp, b, head, query_first, cu_seqlens_q, heads_kv * group, total_q)
-        delta_base = statistics_base(delta, b, head, query_first, cu_seqlens_q, heads_kv * group, total_q)
-        mask_base = head * 0
-        if MASK != MASK_NONE:
-            mask_base = mask + offset(b, mask_stride_batch, 1) + offset(head, mask_stride_head, 1)
+    head = head_kv * group
+    query_tile = (
+        query + offset(b, query_strides[0], ALIGNMENT) + offset(head, query_strides[1], ALIGNMENT)
+        + offset(query_first, query_strides[2], ALIGNMENT)
+        + tile_offsets(row, query_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+    )  # fmt: skip
+    doutput_tile = (
+        doutput + offset(b, doutput_strides[0], ALIGNMENT) + offset(head, doutput_strides[1], ALIGNMENT)
+        + offset(query_first, doutput_strides[2], ALIGNMENT)
+        + tile_offsets(row, doutput_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+    )  # fmt: skip
+    logsumexp_base = statistics_base(logsumexp, b, head, query_first, cu_seqlens_q, heads_kv * group, total_q)
+    delta_base = statistics_base(delta, b, head, query_first, cu_seqlens_q, heads_kv * group, total_q)
+    mask_base = head * 0
+    if MASK != MASK_NONE:
+        mask_base = mask + offset(b, mask_stride_batch, 1) + offset(head, mask_stride_head, 1)
+    dk, dv = sweep_queries(
+        dk, dv, k, v, query_tile, doutput_tile, logsumexp_base, delta_base, mask_base,
+        query_strides[1], query_strides[2], doutput_strides[1], doutput_strides[2], mask_stride_head,
+        mask_stride_query, mask_stride_key, group, total_q, columns, column_valid, start_first, checked, diagonal,
+        queries, scale_log2, BLOCK_M, HEAD_DIM, BLOCK_D, True, CAUSAL, MASK, ALIGNMENT,
+    )  # fmt: skip
+    if MASK == MASK_NONE:
         dk, dv = sweep_queries(
-            dk, dv, k, v, query_tile, doutput_tile, logsumexp_base, delta_base, mask_base, query_strides[2],
-            doutput_strides[2], mask_stride_query, mask_stride_key, columns, column_valid, start_first, checked,
-            diagonal, queries, scale_log2, BLOCK_M, HEAD_DIM, BLOCK_D, True, CAUSAL, MASK, ALIGNMENT,
+            dk, dv, k, v, query_tile, doutput_tile, logsumexp_base, delta_base, mask_base,
+            query_strides[1], query_strides[2], doutput_strides[1], doutput_strides[2], mask_stride_head,
+            mask_stride_query, mask_stride_key, group, total_q, columns, column_valid, start_first + checked * BLOCK_M,
+            blocks - checked, diagonal, queries, scale_log2, BLOCK_M, HEAD_DIM, BLOCK_D, False, CAUSAL, MASK,
+            ALIGNMENT,
         )  # fmt: skip
-        if MASK == MASK_NONE:
-            dk, dv = sweep_queries(
-                dk, dv, k, v, query_tile, doutput_tile, logsumexp_base, delta_base, mask_base, query_strides[2],
-                doutput_strides[2], mask_stride_query, mask_stride_key, columns, column_valid,
-                start_first + checked * BLOCK_M, blocks - checked, diagonal, queries, scale_log2,
-                BLOCK_M, HEAD_DIM, BLOCK_D, False, CAUSAL, MASK, ALIGNMENT,
-            )  # fmt: skip
 
     dk = tl.where(column_valid[:, None], dk * scale, 0.0)
     dv = tl.where(column_valid[:, None], dv, 0.0)
