@@ -115,8 +115,8 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list
     for row in rows:
         prompt = begin + tokenizer.encode(row.prompt, add_special_tokens=False)
         tokens = begin + tokenizer.encode(row.prompt + row.output, add_special_tokens=False)
-        if tokens[: len(prompt)] != prompt:  # a token across the border: generation will not see such a prompt
-            tokens = prompt + tokenizer.encode(row.output, add_special_tokens=False)
+        if tokens[: len(prompt)] != prompt:  # a token across the border, such as ":'", is no prompt that generation sees
+            tokens = prompt + _continuation(row.output, tokenizer)
         example = Example((*tokens, tokenizer.eos_token_id), len(prompt))
         if len(example) > max_length:
             truncated += 1
@@ -138,6 +138,15 @@ def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
     """What a model is given to answer `row`, as in training."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return begin + tokenizer.encode(row.prompt, add_special_tokens=False)
+
+
+def _continuation(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of `text` inside a longer text: SentencePiece would put a space before the first word of its own text."""
+    line_end = tokenizer.encode("\n", add_special_tokens=False)
+    both = tokenizer.encode("\n" + text, add_special_tokens=False)
+    if both[: len(line_end)] == line_end:
+        return both[len(line_end) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,23 @@ def finetune(
 
 
 def train(
-    network: Any, examples: list[Example], output: Path, settings: Settings, execution: Execution, *, resume: bool = False
+    network: Any,
+    examples: list[Example],
+    output: Path,
+    settings: Settings,
+    execution: Execution,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> Outcome:
-    """Attaches an adapter to a loaded model, trains and saves it. `output` must exist; `network` keeps the adapter."""
+    """Attaches an adapter to a loaded model, trains and saves it. `output` must exist; `network` keeps the adapter.
+
+    Args:
+        callbacks: further transformers TrainerCallbacks.
+
+    Raises:
+        UserError: as `finetune`.
+    """
     import torch
     from transformers import TrainingArguments, set_seed
 
@@ -100,8 +115,7 @@ def train(
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.max_gradient_norm,
         fp16=next(network.parameters()).dtype == torch.float16,  # scales the loss, or gradients would underflow
-        gradient_checkpointing=execution.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if execution.gradient_checkpointing else None,
+        **_checkpointing(TrainingArguments, execution),
         logging_steps=execution.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -110,7 +124,6 @@ def train(
         save_strategy="steps",
         save_total_limit=execution.keep_checkpoints,
         dataloader_pin_memory=not execution.on_cpu,
-        ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         seed=settings.seed,
@@ -124,13 +137,13 @@ def train(
     arguments.warmup_steps = warmup_steps(settings, dataset.steps, total_steps)
 
     csv_path = output / training.CSV_FILE
-    callbacks: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
+    own: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
     if execution.tensorboard and arguments.process_index == 0:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(output / TENSORBOARD_FOLDER))))
-    trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=callbacks)
+        own.append(TensorBoardCallback(SummaryWriter(log_dir=str(output / TENSORBOARD_FOLDER))))
+    trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=[*own, *callbacks])
     stop = training.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
     log.info(
@@ -138,9 +151,10 @@ def train(
         len(examples), sum(map(len, examples)), trainable,
         sum(p.numel() for p in network.parameters()), total_steps, settings.batch_size, settings.learning_rate,
     )  # fmt: skip
-    started = time.monotonic()
-    with stop.installed():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    started, done = time.monotonic(), training.step_of(checkpoint) if checkpoint else 0
+    if done < total_steps:  # Trainer would do one step more of a run that has them all
+        with stop.installed():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.failed_save:
         kept = training.last_checkpoint(output)
         hint = f"{kept} is whole: make room and go on with --resume" if kept else "nothing was saved"
@@ -150,7 +164,7 @@ def train(
     losses = {int(row["step"]): row["loss"] for row in training.read_csv_log(csv_path)}
     return Outcome(
         finished=not stop.stopped,
-        step=trainer.state.global_step,
+        step=max(done, trainer.state.global_step),
         trainable_parameters=trainable,
         total_parameters=sum(p.numel() for p in network.parameters()),
         seconds=time.monotonic() - started,
@@ -172,3 +186,11 @@ def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
 def warmup_steps(settings: Settings, steps_per_epoch: int, total_steps: int) -> int:
     """Steps of the linear warm-up; at most two fifths, as in the recipe, where a run is shorter than its warm-up."""
     return min(round(settings.warmup_epochs * steps_per_epoch), round(0.4 * total_steps))
+
+
+def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
+    """transformers has renamed gradient checkpointing; either name, and neither where it is not asked for."""
+    if not execution.gradient_checkpointing:
+        return {}
+    name = "activation_checkpointing" if hasattr(arguments, "activation_checkpointing") else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

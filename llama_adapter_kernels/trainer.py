@@ -33,8 +33,16 @@ SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint of a run. Incomplete ones do not exist under this name."""
-    found = [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)), default=None)
+    return max(_checkpoints(output), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
@@ -141,7 +149,7 @@ class AdapterTrainer(Trainer):
         self._wait_for_everyone()
 
     def _remove_old(self, output: Path) -> None:
-        paths = sorted(output.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+        paths = sorted(_checkpoints(output), key=step_of)
         for path in paths[: -self.args.save_total_limit] if self.args.save_total_limit else []:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -19,14 +19,15 @@ def loss_picture(path: Path, training: Mapping[int, float], held_out: Mapping[in
     axes.plot(list(held_out), list(held_out.values()), color=_ORANGE, marker="o", label="held-out functions")
     for step in (min(held_out), max(held_out)):
         axes.annotate(
-            f"{held_out[step]:.2f}", (step, held_out[step]), textcoords="offset points", xytext=(6, 8), color=_ORANGE
+            f"{held_out[step]:.2f}", (step, held_out[step]), textcoords="offset points", xytext=(0, 9), ha="center",
+            color=_ORANGE,
         )
     axes.set(
         xlabel="optimizer step",
         ylabel="loss (nats per response token)",
         title="Only prompts and gates are trained; the base model is frozen",
     )
-    axes.margins(x=0.06, y=0.12)
+    axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
