@@ -42,7 +42,6 @@ class Answerer:
         if not self.end_tokens:
             raise UserError("neither model nor tokenizer has an end-of-sequence token: an answer would never end")
 
-    @torch.inference_mode()
     def answer(self, rows: Sequence[Row], sampling: Sampling, stream: Callable[[str], None] | None = None) -> list[str]:
         """The answers to one batch; every one ends at its own end of sequence.
 
@@ -54,19 +53,25 @@ class Answerer:
             UserError: a prompt leaves no room in the model's context.
         """
         prompts = [prompt_tokens(row, self.tokenizer) for row in rows]
+        streamer = None if stream is None else _streamer(self.tokenizer, stream)
+        answers = self.continuations(prompts, sampling, streamer)
+        return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
+
+    @torch.inference_mode()
+    def continuations(self, prompts: Sequence[list[int]], sampling: Sampling, streamer: Any = None) -> list[list[int]]:
+        """The tokens that follow each prompt, without the end of sequence."""
         longest = max(map(len, prompts))
         context = self.model.config.max_position_embeddings
         if longest >= context:
             raise UserError(f"an instruction has {longest} tokens, the model's context ends at {context}")
         input_ids, attention_mask = left_padded(prompts, self._padding_token)
-        streamer = None if stream is None else _streamer(self.tokenizer, stream)
         tokens = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
             generation_config=self._generation_config(sampling, context - longest),
             streamer=streamer,
         )
-        return [self._text(row) for row in tokens[:, longest:].tolist()]
+        return [self._until_end(row) for row in tokens[:, longest:].tolist()]
 
     def answer_all(self, rows: Sequence[Row], sampling: Sampling, batch_size: int) -> Iterator[tuple[int, str]]:
         """(number of the row, its answer) for any number of rows; similar lengths share a batch to save padding."""
@@ -97,9 +102,9 @@ class Answerer:
             bos_token_id=self.tokenizer.bos_token_id,
         )
 
-    def _text(self, tokens: list[int]) -> str:
+    def _until_end(self, tokens: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(tokens) if token in self.end_tokens), len(tokens))
-        return str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+        return tokens[:end]
 
 
 def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: str) -> Answerer:
