@@ -93,7 +93,7 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32, device: str | t
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     packed = case.lengths is not None
     batch = len(case.lengths) if case.lengths is not None else case.batch
@@ -223,6 +223,8 @@ def deviation(name: str, result: Tensor, truth: Truth) -> Deviation:
     # result in which they may have cancelled.
     floor = eps * (truth.gate_summands if name == "dgate" else size)
     limit = 2 * base + 2 * floor
+    if dtype == torch.float64:  # nothing more exact to compare with: two correct results differ by some roundings
+        limit = 32 * floor
     if dtype == torch.float32 and name != "dgate":
         limit = min(limit, max(1e-5 * size, 2 * floor))
     return Deviation(name, error, base, limit, error / size if size else error)

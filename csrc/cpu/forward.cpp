@@ -8,15 +8,10 @@
 // Scratch of a worker: Q^T [head_dim][queries], S^T [keys][queries], accumulator [queries][head_dim], and the key and
 // value block as floats where storage is narrower. At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
 #include "kernel_table.h"
-#include "tiles.h"
+#include "scores.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
-
-constexpr int64_t kBlockQueries = 64;
-constexpr int64_t kBlockKeys = 64;
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 template <class T>
 struct ForwardScratch {
@@ -52,7 +47,7 @@ class ForwardBlock {
 
   void run() {
     transpose(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0), p.query.stride_row, rows, padded_rows,
-              depth, static_cast<C>(p.scale * kLog2E), s.query_t, kBlockQueries);
+              depth, static_cast<C>(p.scale), s.query_t, kBlockQueries);
     for (int64_t i = 0; i < padded_rows; ++i) s.maximum[i] = kMinusInfinity, s.sum[i] = 0;
     for (int64_t i = 0; i < rows * padded_depth; ++i) s.accumulator[i] = 0;
     const int64_t end = visible_end(seq, q0 + rows - 1);
@@ -67,25 +62,17 @@ class ForwardBlock {
   void words(int64_t k0, int64_t n) {
     const auto k = dense_rows<T, C>(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n,
                                     depth, s.keys);
-    // Key k0 + t is hidden from queries below first_visible(t).
     const int64_t hidden = k0 - seq.diagonal - q0;
     const bool crosses_diagonal = hidden + n - 1 > 0;
-    for (int64_t t = 0; t < n; t += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, n - t);
-      // Whole vectors of queries that see none of these keys are left out.
-      const int64_t m0 = crosses_diagonal ? smaller(larger(hidden + t, 0), padded_rows) / kLane * kLane : 0;
-      for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLane) {
-        const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLane);
-        tile_function<RowByColumns, C>(tile_rows, vecs)(k.data + t * k.stride, k.stride, s.query_t + m, kBlockQueries,
-                                                        depth, s.scores + t * kBlockQueries + m, kBlockQueries, false);
-      }
-    }
-    if (p.mask.type != MaskType::kNone) add_mask(k0, n);
+    key_query_products(k, n, s.query_t, padded_rows, depth, hidden, s.scores);
+    if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head_q, q0, rows, k0, n, s.scores);
     if (crosses_diagonal) {
       for (int64_t m = 0; m < padded_rows; m += kLane) {
-        // The last key any lane of this vector sees; later ones count as probability 0.
-        const int64_t seen = larger(0, smaller(n, m + kLane - hidden));
-        hide_beyond_diagonal(m, hidden, seen);
+        const int64_t seen = seen_keys(n, m + kLane, hidden);
+        for (int64_t t = larger(0, m - hidden); t < seen; ++t) {  // keys before are seen by every lane
+          C* row = s.scores + t * kBlockQueries + m;
+          store(row, sees<C>(m, t, hidden) ? load(row) : broadcast(kMinusInfinity));
+        }
         softmax_step<1>(m, seen);
         for (int64_t t = seen; t < n; ++t) store(s.scores + t * kBlockQueries + m, Vec<C>{});
       }
@@ -96,37 +83,21 @@ class ForwardBlock {
     }
     const auto v = dense_rows<T, C>(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
                                     n, depth, s.values);
-    accumulate(v, n, s.rescale, crosses_diagonal ? hidden : -n);
-  }
-
-  void hide_beyond_diagonal(int64_t m, int64_t hidden, int64_t seen) {
-    Vec<C> lane;
-    for (int64_t i = 0; i < kLane; ++i) lane[i] = static_cast<C>(m + i);
-    for (int64_t t = larger(0, m - hidden); t < seen; ++t) {  // keys before are seen by every lane
-      C* row = s.scores + t * kBlockQueries + m;
-      store(row, lane >= broadcast(static_cast<C>(hidden + t)) ? load(row) : broadcast(kMinusInfinity));
-    }
-  }
-
-  void add_mask(int64_t k0, int64_t n) {
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t offset = batch * p.mask.stride_batch + head_q * p.mask.stride_head + (q0 + m) * p.mask.stride_query;
-      for (int64_t t = 0; t < n; ++t) {
-        s.scores[t * kBlockQueries + m] +=
-            mask_value<C>(p.mask, offset + (k0 + t) * p.mask.stride_key) * static_cast<C>(kLog2E);
-      }
-    }
+    accumulate(v, n, s.rescale, hidden);
   }
 
   // Scores of n keys become probabilities relative to the new running maximum; rescale says what became of the old one.
+  // s.maximum is log2(e) * max, rounded once: 2^(log2(e) S - maximum) is then one multiply-add and one exp2.
   template <int VECS>
   void softmax_step(int64_t m, int64_t n) {
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E));
     Vec<C> highest[VECS], total[VECS], reference[VECS];
-    for (int v = 0; v < VECS; ++v) highest[v] = load(s.maximum + m + v * kLane);
+    for (int v = 0; v < VECS; ++v) highest[v] = broadcast(kMinusInfinity);
     for (int64_t t = 0; t < n; ++t)
       for (int v = 0; v < VECS; ++v)
         highest[v] = maximum<C>(load(s.scores + t * kBlockQueries + m + v * kLane), highest[v]);
     for (int v = 0; v < VECS; ++v) {
+      highest[v] = maximum<C>(highest[v] * log2e, load(s.maximum + m + v * kLane));
       // A query that has seen nothing yet: any finite reference keeps -inf - reference at -inf.
       reference[v] = highest[v] == broadcast(kMinusInfinity) ? Vec<C>{} : highest[v];
       const Vec<C> rescale = exp2_nonpositive(load(s.maximum + m + v * kLane) - reference[v]);
@@ -137,7 +108,7 @@ class ForwardBlock {
     for (int64_t t = 0; t < n; ++t) {
       for (int v = 0; v < VECS; ++v) {
         C* at = s.scores + t * kBlockQueries + m + v * kLane;
-        const Vec<C> probability = exp2_nonpositive(load(at) - reference[v]);
+        const Vec<C> probability = exp2_nonpositive(load(at) * log2e - reference[v]);
         store(at, probability);
         total[v] += probability;
       }
@@ -149,7 +120,7 @@ class ForwardBlock {
   void accumulate(const Rows<T, C>& v, int64_t n, const C* rescale, int64_t hidden) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t tile_rows = smaller(kTileRows, rows - m);
-      const int64_t seen = larger(0, smaller(n, m + tile_rows - hidden));
+      const int64_t seen = seen_keys(n, m + tile_rows, hidden);
       for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
         const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
         tile_function<ColumnByColumns, C>(tile_rows, vecs)(s.scores + m, kBlockQueries, v.data + d, v.stride, seen,
@@ -163,7 +134,7 @@ class ForwardBlock {
   void prefix_scores(int64_t slot, int64_t n) {
     const auto k = dense_rows<T, C>(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, slot), p.prefix_key.stride_row,
                                     n, depth, s.keys);
-    multiply(k.data, k.stride, s.query_t, kBlockQueries, n, depth, padded_rows, s.scores, kBlockQueries, false);
+    key_query_products(k, n, s.query_t, padded_rows, depth, kNothingHidden, s.scores);
   }
 
   void prefix() {
@@ -181,6 +152,7 @@ class ForwardBlock {
       for (int64_t m = 0; m < padded_rows; m += kLane) softmax_step<1>(m, n);
     }
     const C gate = gate_of<C>(p, seq.prefix, head_q);
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E));
     for (int64_t slot = 0; slot < slots; slot += kBlockKeys) {
       const int64_t n = smaller(kBlockKeys, slots - slot);
       if (!one_tile) prefix_scores(slot, n);
@@ -189,12 +161,12 @@ class ForwardBlock {
         const Vec<C> highest = load(s.maximum + m);
         for (int64_t t = 0; t < n; ++t) {
           C* at = s.scores + t * kBlockQueries + m;
-          store(at, (one_tile ? load(at) : exp2_nonpositive(load(at) - highest)) * factor);
+          store(at, (one_tile ? load(at) : exp2_nonpositive(load(at) * log2e - highest)) * factor);
         }
       }
       const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, slot),
                                       p.prefix_value.stride_row, n, depth, s.values);
-      accumulate(v, n, nullptr, -n);
+      accumulate(v, n, nullptr, kNothingHidden);
     }
     for (int64_t m = 0; m < padded_rows; ++m) s.sum[m] = sum[m];
   }
@@ -203,7 +175,7 @@ class ForwardBlock {
     if (!p.logsumexp.data) return;
     C* out = row_statistic<C>(p.logsumexp, batch, head_q, seq.first_query + q0);
     for (int64_t m = 0; m < rows; ++m) {
-      out[m] = s.sum[m] == 0 ? kMinusInfinity : (s.maximum[m] + __builtin_log2(s.sum[m])) * static_cast<C>(kLn2);
+      out[m] = s.sum[m] == 0 ? kMinusInfinity : static_cast<C>(kLn2 * s.maximum[m] + __builtin_log(static_cast<double>(s.sum[m])));
     }
   }
 
@@ -241,17 +213,6 @@ void forward_typed(const ZeroGateParams& p, const Parallel& parallel) {
     const ForwardScratch<T> scratch(memory, p.head_dim);
     ForwardBlock<T>(p, sequence, b, head, block * kBlockQueries, scratch).run();
   });
-}
-
-template <class F>
-auto with_storage_type(DataType dtype, const F& f) {
-  switch (dtype) {
-    case DataType::kBFloat16: return f(BFloat16{});
-    case DataType::kFloat16: return f(Float16{});
-    case DataType::kFloat64: return f(double{});
-    case DataType::kFloat32: break;
-  }
-  return f(float{});
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ void run_tasks(const Parallel& parallel, int64_t tasks, const Work& work) {
 // Hands out aligned pieces of a scratch buffer; with a null base it only counts.
 class Scratch {
  public:
-  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Scratch(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
   template <class C>
   C* take(int64_t count) {
     C* piece = reinterpret_cast<C*>(base_ + used_);
@@ -103,7 +103,7 @@ class Scratch {
   int64_t used() const { return used_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   int64_t used_ = 0;
 };
 

@@ -1,0 +1,424 @@
+// Backward, by recomputation from the saved log-sum-exp (MATH.md of the paper's operation, gradients):
+//
+//   words:   P = exp(S - lse)   dP = dO V^T   dS = P (dP - D_w)        dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K
+//   prefix:  P_p softmax        dP_p = dO Vp^T   D_p = sum P_p dP_p    dS_p = gate P_p (dP_p - D_p)
+//            dVp = gate P_p^T dO   dKp = scale dS_p^T Q   dQ += scale dS_p Kp   dgate = sum D_p
+//   D_w = rowsum(dO O) - gate D_p
+//
+// One task owns some key blocks of one key/value head and walks over the query heads of its group and their query blocks:
+// five products per pair of blocks, dK and dV summed in place. dQ of one task is a partial sum over its keys; partial sums
+// are added in a fixed order at the end. The partition depends on the shape alone, so gradients are the same for every
+// number of threads and every run.
+//
+// Scratch of a worker, for one query head: Q^T and dO^T by query block, Q and dO as floats where storage is narrower, dQ;
+// for its keys: dK and dV. O(sequence * head_dim), nothing of size sequence^2.
+#include "kernel_table.h"
+#include "scores.h"
+
+namespace lak::cpu::LAK_ISA {
+namespace {
+
+// How the work is cut: enough tasks for many cores, few partial dQ buffers.
+struct Partition {
+  int64_t key_splits, padded_queries, keys_per_split, padded_depth, padded_slots;
+  bool words;  // any gradient of query, key or value is asked for
+};
+
+template <class C>
+Partition partition_of(const ZeroGateParams& p) {
+  constexpr int64_t kTasks = 32, kMostSplits = 4, kFewestBlocks = 4;
+  Partition part;
+  part.words = p.dquery.data || p.dkey.data;
+  const int64_t key_blocks = (p.seq_k + kBlockKeys - 1) / kBlockKeys;
+  const int64_t heads = larger(1, p.batch * p.heads_kv);
+  part.key_splits = larger(1, smaller(smaller((kTasks + heads - 1) / heads, kMostSplits), key_blocks / kFewestBlocks));
+  if (!part.words) part.key_splits = 1;
+  part.padded_queries = round_up(p.seq_q, kBlockQueries);
+  part.keys_per_split = (key_blocks + part.key_splits - 1) / part.key_splits * kBlockKeys;
+  part.padded_depth = round_up(p.head_dim, kLanes<C>);
+  part.padded_slots = p.prefix_count > 0 ? p.prefix_length : 0;
+  return part;
+}
+
+// Partial sums of the prefix gradients, one entry per sequence and query head.
+template <class C>
+struct PrefixSums {
+  C *dkey, *dvalue, *dgate;
+  PrefixSums(Scratch& s, const ZeroGateParams& p, const Partition& part) {
+    const int64_t entries = p.dgate ? p.batch * p.heads_q : 0;
+    dkey = s.take<C>(entries * part.padded_slots * part.padded_depth);
+    dvalue = s.take<C>(entries * part.padded_slots * part.padded_depth);
+    dgate = s.take<C>(entries);
+  }
+};
+
+template <class T>
+struct BackwardScratch {
+  using C = Compute<T>;
+  C *query_t, *doutput_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *logsumexp_rest, *delta;
+
+  BackwardScratch(Scratch& s, const ZeroGateParams& p, const Partition& part) {
+    const int64_t rows = part.padded_queries * part.padded_depth, keys_rows = part.words ? part.keys_per_split : 0;
+    query_t = s.take<C>(part.padded_queries * p.head_dim);
+    doutput_t = s.take<C>(part.padded_queries * p.head_dim);
+    query = s.take<C>(rows);
+    doutput = s.take<C>(rows);
+    dquery = s.take<C>(part.key_splits == 1 && p.dquery.data ? rows : 0);
+    const int64_t block = larger(kBlockKeys, part.padded_slots);
+    keys = s.take<C>(block * part.padded_depth);
+    values = s.take<C>(block * part.padded_depth);
+    dkeys = s.take<C>(p.dkey.data ? keys_rows * part.padded_depth : 0);
+    dvalues = s.take<C>(p.dkey.data ? keys_rows * part.padded_depth : 0);
+    scores = s.take<C>(block * kBlockQueries);
+    dscores = s.take<C>(block * kBlockQueries);
+    logsumexp = s.take<C>(part.padded_queries);
+    logsumexp_rest = s.take<C>(part.padded_queries);
+    delta = s.take<C>(part.padded_queries);
+  }
+};
+
+// Where each part of the workspace begins.
+template <class T>
+struct Workspace {
+  using C = Compute<T>;
+  int64_t scratch_bytes;
+  C* dquery_parts;  // [batch, heads_q, key_splits][padded_queries][padded_depth], only when key_splits > 1
+  PrefixSums<C> prefix;
+  char* workers;
+  int64_t bytes;
+
+  Workspace(const ZeroGateParams& p, const Partition& part, int threads) : Workspace(Scratch(p.workspace), p, part, threads) {}
+
+ private:
+  Workspace(Scratch s, const ZeroGateParams& p, const Partition& part, int threads)
+      : scratch_bytes(one_scratch(p, part)),
+        dquery_parts(s.take<C>(part.key_splits > 1 && p.dquery.data
+                                   ? p.batch * p.heads_q * part.key_splits * part.padded_queries * part.padded_depth
+                                   : 0)),
+        prefix(s, p, part), workers(s.take<char>(scratch_bytes * threads)), bytes(s.used()) {}
+
+  static int64_t one_scratch(const ZeroGateParams& p, const Partition& part) {
+    Scratch counter(nullptr);
+    BackwardScratch<T> scratch(counter, p, part);
+    return counter.used();
+  }
+};
+
+// The key blocks of one split of one key/value head, and all query heads that use it.
+template <class T>
+class BackwardTask {
+  using C = Compute<T>;
+  static constexpr int64_t kLane = kLanes<C>;
+
+ public:
+  BackwardTask(const ZeroGateParams& params, const Partition& partition, const Workspace<T>& workspace,
+               const BackwardScratch<T>& scratch, int64_t b, int64_t kv_head, int64_t key_split)
+      : p(params), part(partition), work(workspace), s(scratch), seq(sequence_of(params, b)), batch(b), head_kv(kv_head),
+        split(key_split), group(params.heads_q / params.heads_kv), depth(params.head_dim), padded_depth(partition.padded_depth),
+        blocks((seq.queries + kBlockQueries - 1) / kBlockQueries) {}
+
+  void run() {
+    if (p.dkey.data) {
+      const int64_t elements = part.keys_per_split * padded_depth;
+      for (int64_t i = 0; i < elements; ++i) s.dkeys[i] = s.dvalues[i] = 0;
+    }
+    for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) query_head(head);
+    if (p.dkey.data) write_key_gradients();
+  }
+
+ private:
+  int64_t first_key(int64_t round) const { return seq.key_begin + (round * part.key_splits + split) * kBlockKeys; }
+  C* rows_of(C* buffer, int64_t block) const { return buffer + block * kBlockQueries * padded_depth; }
+
+  void query_head(int64_t head) {
+    dquery = !p.dquery.data ? nullptr
+             : part.key_splits == 1
+                 ? s.dquery
+                 : work.dquery_parts + ((batch * p.heads_q + head) * part.key_splits + split) * part.padded_queries * padded_depth;
+    if (dquery) {
+      for (int64_t i = 0; i < blocks * kBlockQueries * padded_depth; ++i) dquery[i] = 0;
+    }
+    load_rows(head);
+    if (seq.prefix >= 0) prefix(head);
+    if (part.words) {
+      for (int64_t round = 0; first_key(round) < seq.key_end; ++round) key_block(head, round);
+    }
+    if (dquery && part.key_splits == 1) {
+      for (int64_t i = 0; i < seq.queries; ++i) {
+        narrow_row(dquery + i * padded_depth, static_cast<C>(p.scale), depth,
+                   row_pointer<T>(p.dquery, batch, head, seq.first_query + i));
+      }
+    }
+  }
+
+  // Everything about the query rows of one head that key blocks read again and again.
+  void load_rows(int64_t head) {
+    const T* q = row_pointer<const T>(p.query, batch, head, seq.first_query);
+    const T* dout = row_pointer<const T>(p.doutput, batch, head, seq.first_query);
+    query_rows = dense_rows<T, C>(q, p.query.stride_row, seq.queries, depth, s.query);
+    doutput_rows = dense_rows<T, C>(dout, p.doutput.stride_row, seq.queries, depth, s.doutput);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - first);
+      transpose(q + first * p.query.stride_row, p.query.stride_row, rows, kBlockQueries, depth,
+                static_cast<C>(p.scale), s.query_t + first * depth, kBlockQueries);
+      transpose(dout + first * p.doutput.stride_row, p.doutput.stride_row, rows, kBlockQueries, depth, C(1),
+                s.doutput_t + first * depth, kBlockQueries);
+    }
+    const C* saved = row_statistic<C>(p.logsumexp, batch, head, seq.first_query);
+    for (int64_t i = 0; i < blocks * kBlockQueries; ++i) {
+      // Rows that do not exist or saw no key: exp2(S - inf) makes every probability 0.
+      const bool sees_keys = i < seq.queries && saved[i] > -__builtin_huge_val();
+      // In two parts: one rounding more of a number near 10 would show in every probability of the row.
+      const double in_base_2 = sees_keys ? saved[i] * kLog2E : 0;
+      s.logsumexp[i] = sees_keys ? static_cast<C>(in_base_2) : C(__builtin_huge_val());
+      s.logsumexp_rest[i] = static_cast<C>(in_base_2 - static_cast<double>(static_cast<C>(in_base_2)));
+      s.delta[i] = 0;
+    }
+    for (int64_t i = 0; part.words && i < seq.queries; ++i) {
+      const T* out = row_pointer<const T>(p.output, batch, head, seq.first_query + i);
+      const C* gradient = doutput_rows.data + i * doutput_rows.stride;
+      Vec<C> sum{};
+      int64_t d = 0;
+      for (; d + kLane <= depth; d += kLane) sum += load(gradient + d) * load_wide(out + d);
+      C total = horizontal_sum<C>(sum);
+      for (; d < depth; ++d) total += gradient[d] * static_cast<C>(widen(out[d]));
+      s.delta[i] = total;
+    }
+  }
+
+  void prefix(int64_t head) {
+    const int64_t n = p.prefix_length;
+    const bool write = p.dgate && split == 0;
+    const C gate = gate_of<C>(p, seq.prefix, head);
+    const auto k = dense_rows<T, C>(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, 0), p.prefix_key.stride_row, n,
+                                    depth, s.keys);
+    const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, 0), p.prefix_value.stride_row,
+                                    n, depth, s.values);
+    const int64_t entry = batch * p.heads_q + head, elements = n * padded_depth;
+    C* dkey = write ? work.prefix.dkey + entry * elements : nullptr;
+    C* dvalue = write ? work.prefix.dvalue + entry * elements : nullptr;
+    for (int64_t i = 0; write && i < elements; ++i) dkey[i] = dvalue[i] = 0;
+    Vec<C> dgate{};
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - first);
+      key_query_products(k, n, s.query_t + first * depth, kBlockQueries, depth, kNothingHidden, s.scores);
+      key_query_products(v, n, s.doutput_t + first * depth, kBlockQueries, depth, kNothingHidden, s.dscores);
+      for (int64_t m = 0; m < kBlockQueries; m += kLane) dgate += prefix_softmax(m, n, first, gate);
+      if (write) {
+        multiply(s.dscores, kBlockQueries, query_rows.data + first * query_rows.stride, query_rows.stride, n, rows,
+                 padded_depth, dkey, padded_depth, true);
+        multiply(s.scores, kBlockQueries, doutput_rows.data + first * doutput_rows.stride, doutput_rows.stride, n, rows,
+                 padded_depth, dvalue, padded_depth, true);
+      }
+      if (dquery && split == 0) add_to_dquery(k, n, i, kNothingHidden);
+    }
+    if (write) work.prefix.dgate[entry] = horizontal_sum<C>(dgate);
+  }
+
+  // Turns scores and dP of the prefix into gate * P_p and dS_p for one vector of queries, takes gate * D_p from D_w, and
+  // returns D_p.
+  Vec<C> prefix_softmax(int64_t m, int64_t n, int64_t first, C gate) {
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E));
+    Vec<C> highest = broadcast(C(-__builtin_huge_val())), sum{}, weighted{};
+    for (int64_t t = 0; t < n; ++t) highest = maximum<C>(load(s.scores + t * kBlockQueries + m), highest);
+    highest *= log2e;
+    for (int64_t t = 0; t < n; ++t) {
+      C* at = s.scores + t * kBlockQueries + m;
+      const Vec<C> probability = exp2_nonpositive(load(at) * log2e - highest);
+      store(at, probability);
+      sum += probability;
+      weighted += probability * load(s.dscores + t * kBlockQueries + m);
+    }
+    const Vec<C> inverse = C(1) / sum, d_prefix = weighted * inverse, factor = broadcast(gate) * inverse;
+    for (int64_t t = 0; t < n; ++t) {
+      C* at = s.scores + t * kBlockQueries + m;
+      C* d_at = s.dscores + t * kBlockQueries + m;
+      const Vec<C> probability = load(at) * factor;
+      store(at, probability);
+      store(d_at, probability * (load(d_at) - d_prefix));
+    }
+    store(s.delta + first + m, load(s.delta + first + m) - broadcast(gate) * d_prefix);
+    return d_prefix;
+  }
+
+  void key_block(int64_t head, int64_t round) {
+    const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
+    const auto k = dense_rows<T, C>(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n,
+                                    depth, s.keys);
+    const auto v = dense_rows<T, C>(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
+                                    n, depth, s.values);
+    const int64_t first_seeing = larger(0, k0 - seq.diagonal) / kBlockQueries;
+    for (int64_t i = first_seeing; i < blocks; ++i) {
+      const int64_t q0 = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
+      const int64_t padded_rows = round_up(rows, kLane), hidden = k0 - seq.diagonal - q0;
+      key_query_products(k, n, s.query_t + q0 * depth, padded_rows, depth, hidden, s.scores);
+      key_query_products(v, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, s.dscores);
+      if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head, q0, rows, k0, n, s.scores);
+      for (int64_t m = 0; m < padded_rows; m += kLane) word_gradients(m, n, q0, hidden);
+      if (p.dkey.data) {
+        C* dkey = s.dkeys + round * kBlockKeys * padded_depth;
+        C* dvalue = s.dvalues + round * kBlockKeys * padded_depth;
+        add_to_keys(s.scores, doutput_rows, n, q0, rows, hidden, dvalue);
+        add_to_keys(s.dscores, query_rows, n, q0, rows, hidden, dkey);
+      }
+      if (dquery) add_to_dquery(k, n, i, hidden);
+    }
+  }
+
+  // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries.
+  void word_gradients(int64_t m, int64_t n, int64_t q0, int64_t hidden) {
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), delta = load(s.delta + q0 + m);
+    const Vec<C> logsumexp = load(s.logsumexp + q0 + m), rest = load(s.logsumexp_rest + q0 + m);
+    const int64_t seen = seen_keys(n, m + kLane, hidden), by_all = smaller(seen, larger(0, m - hidden + 1));
+    for (int64_t t = 0; t < seen; ++t) {
+      C* at = s.scores + t * kBlockQueries + m;
+      C* d_at = s.dscores + t * kBlockQueries + m;
+      Vec<C> probability = exp2_nonpositive(load(at) * log2e - logsumexp - rest);
+      if (t >= by_all) probability = sees<C>(m, t, hidden) ? probability : Vec<C>{};
+      store(at, probability);
+      store(d_at, probability * (load(d_at) - delta));
+    }
+    for (int64_t t = seen; t < n; ++t) {
+      store(s.scores + t * kBlockQueries + m, Vec<C>{});
+      store(s.dscores + t * kBlockQueries + m, Vec<C>{});
+    }
+  }
+
+  // out[t] += sum over the queries m that see key t of weights[t][m] * rows[q0 + m].
+  void add_to_keys(const C* weights, const Rows<T, C>& from, int64_t n, int64_t q0, int64_t rows, int64_t hidden, C* out) {
+    for (int64_t t = 0; t < n; t += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, n - t), m0 = smaller(rows, larger(0, hidden + t));
+      multiply(weights + t * kBlockQueries + m0, kBlockQueries, from.data + (q0 + m0) * from.stride, from.stride, tile_rows,
+               rows - m0, padded_depth, out + t * padded_depth, padded_depth, true);
+    }
+  }
+
+  // dQ[m] += sum_t dS[t][m] K[t], without scale.
+  void add_to_dquery(const Rows<T, C>& k, int64_t n, int64_t block, int64_t hidden) {
+    const int64_t rows = smaller(kBlockQueries, seq.queries - block * kBlockQueries);
+    C* out = rows_of(dquery, block);
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, rows - m), seen = seen_keys(n, m + tile_rows, hidden);
+      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
+        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
+        tile_function<ColumnByColumns, C>(tile_rows, vecs)(s.dscores + m, kBlockQueries, k.data + d, k.stride, seen,
+                                                           out + m * padded_depth + d, padded_depth, nullptr);
+      }
+    }
+  }
+
+  void write_key_gradients() {
+    for (int64_t round = 0; first_key(round) < seq.key_end; ++round) {
+      const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
+      for (int64_t t = 0; t < n; ++t) {
+        const int64_t row = seq.first_key + k0 + t, from = (round * kBlockKeys + t) * padded_depth;
+        narrow_row(s.dkeys + from, static_cast<C>(p.scale), depth, row_pointer<T>(p.dkey, batch, head_kv, row));
+        narrow_row(s.dvalues + from, C(1), depth, row_pointer<T>(p.dvalue, batch, head_kv, row));
+      }
+    }
+    if (split != 0) return;
+    for (int64_t j = 0; j < seq.keys; ++j) {  // keys outside of the window
+      if (j == seq.key_begin && seq.key_begin < seq.key_end) j = seq.key_end;
+      if (j >= seq.keys) break;
+      T* dkey = row_pointer<T>(p.dkey, batch, head_kv, seq.first_key + j);
+      T* dvalue = row_pointer<T>(p.dvalue, batch, head_kv, seq.first_key + j);
+      for (int64_t d = 0; d < depth; ++d) narrow(C(0), dkey[d]), narrow(C(0), dvalue[d]);
+    }
+  }
+
+  const ZeroGateParams& p;
+  const Partition& part;
+  const Workspace<T>& work;
+  const BackwardScratch<T>& s;
+  const Sequence seq;
+  const int64_t batch, head_kv, split, group, depth, padded_depth, blocks;
+  Rows<T, C> query_rows{}, doutput_rows{};
+  C* dquery = nullptr;
+};
+
+// dQ of one query head = scale * the partial sums of its key splits, in order.
+template <class T>
+void add_dquery_parts(const ZeroGateParams& p, const Partition& part, const Workspace<T>& work, int64_t task) {
+  using C = Compute<T>;
+  const int64_t b = task / p.heads_q, head = task % p.heads_q, size = part.padded_queries * part.padded_depth;
+  const Sequence seq = sequence_of(p, b);
+  C* sums = work.dquery_parts + task * part.key_splits * size;
+  for (int64_t i = 0; i < seq.queries; ++i) {
+    C* row = sums + i * part.padded_depth;
+    for (int64_t split = 1; split < part.key_splits; ++split) {
+      for (int64_t d = 0; d < part.padded_depth; ++d) row[d] += row[split * size + d];
+    }
+    narrow_row(row, static_cast<C>(p.scale), p.head_dim, row_pointer<T>(p.dquery, b, head, seq.first_query + i));
+  }
+}
+
+// Gradients of one entry of the prefix table and one key/value head: over all sequences that used it, in order.
+template <class T>
+void add_prefix_parts(const ZeroGateParams& p, const Partition& part, const Workspace<T>& work, int64_t task, Compute<T>* row) {
+  using C = Compute<T>;
+  const int64_t entry = task / p.heads_kv, head_kv = task % p.heads_kv, group = p.heads_q / p.heads_kv;
+  const int64_t elements = p.prefix_length * part.padded_depth;
+  for (int64_t slot = 0; slot < p.prefix_length; ++slot) {
+    for (int which = 0; which < 2; ++which) {
+      const bool is_key = which == 0;
+      for (int64_t d = 0; d < part.padded_depth; ++d) row[d] = 0;
+      for (int64_t b = 0; b < p.batch; ++b) {
+        if (sequence_of(p, b).prefix != entry) continue;
+        for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
+          const C* from = (is_key ? work.prefix.dkey : work.prefix.dvalue) + (b * p.heads_q + head) * elements +
+                          slot * part.padded_depth;
+          for (int64_t d = 0; d < part.padded_depth; ++d) row[d] += from[d];
+        }
+      }
+      narrow_row(row, is_key ? static_cast<C>(p.scale) : C(1), p.head_dim,
+                 row_pointer<T>(is_key ? p.dprefix_key : p.dprefix_value, entry, head_kv, slot));
+    }
+  }
+  C* dgate = static_cast<C*>(p.dgate) + entry * p.heads_q;
+  for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
+    dgate[head] = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (sequence_of(p, b).prefix == entry) dgate[head] += work.prefix.dgate[b * p.heads_q + head];
+    }
+  }
+}
+
+template <class T>
+void backward_typed(const ZeroGateParams& p, const Parallel& parallel) {
+  const Partition part = partition_of<Compute<T>>(p);
+  const Workspace<T> work(p, part, parallel.threads);
+  run_tasks(parallel, p.batch * p.heads_kv * part.key_splits, [&](int64_t task, int64_t worker) {
+    Scratch memory(work.workers + worker * work.scratch_bytes);
+    const BackwardScratch<T> scratch(memory, p, part);
+    const int64_t split = task % part.key_splits, head = task / part.key_splits % p.heads_kv;
+    BackwardTask<T>(p, part, work, scratch, task / part.key_splits / p.heads_kv, head, split).run();
+  });
+  if (part.key_splits > 1 && p.dquery.data) {
+    run_tasks(parallel, p.batch * p.heads_q, [&](int64_t task, int64_t) { add_dquery_parts(p, part, work, task); });
+  }
+  if (p.dgate) {
+    run_tasks(parallel, p.prefix_count * p.heads_kv, [&](int64_t task, int64_t worker) {
+      add_prefix_parts(p, part, work, task, reinterpret_cast<Compute<T>*>(work.workers + worker * work.scratch_bytes));
+    });
+  }
+}
+
+}  // namespace
+
+int64_t backward_workspace(const ZeroGateParams& params, int threads) {
+  return with_storage_type(params.dtype, [&](auto type) {
+    using T = decltype(type);
+    ZeroGateParams counted = params;
+    counted.workspace = nullptr;
+    return Workspace<T>(counted, partition_of<Compute<T>>(counted), threads).bytes;
+  });
+}
+
+void backward(const ZeroGateParams& p, const Parallel& parallel) {
+  with_storage_type(p.dtype, [&](auto type) {
+    backward_typed<decltype(type)>(p, parallel);
+    return 0;
+  });
+}
+
+}  // namespace lak::cpu::LAK_ISA

@@ -1,0 +1,67 @@
+// S^T of one block of keys against one block of queries, and which of its elements count.
+#pragma once
+
+#include "tiles.h"
+
+namespace lak::cpu::LAK_ISA {
+
+inline constexpr int64_t kBlockQueries = 64;
+inline constexpr int64_t kBlockKeys = 64;
+inline constexpr double kLog2E = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;  // natural log = kLn2 * log2
+
+// Key t of a block is hidden from queries m < hidden + t. Below -kBlockKeys nothing is hidden.
+inline constexpr int64_t kNothingHidden = -(int64_t{1} << 40);
+
+// out[t][m] = K[t] . Q[m] for n keys; whole vectors of queries that see none of a tile's keys are left out.
+template <class T, class C>
+void key_query_products(const Rows<T, C>& keys, int64_t n, const C* query_t, int64_t padded_rows, int64_t depth,
+                        int64_t hidden, C* out) {
+  for (int64_t t = 0; t < n; t += kTileRows) {
+    const int64_t tile_rows = smaller(kTileRows, n - t);
+    const int64_t m0 = smaller(larger(hidden + t, 0), padded_rows) / kLanes<C> * kLanes<C>;
+    for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLanes<C>) {
+      const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLanes<C>);
+      tile_function<RowByColumns, C>(tile_rows, vecs)(keys.data + t * keys.stride, keys.stride, query_t + m,
+                                                      kBlockQueries, depth, out + t * kBlockQueries + m, kBlockQueries,
+                                                      false);
+    }
+  }
+}
+
+// How many of n keys the last query before `queries_end` sees: later ones count as probability 0 for all before it.
+LAK_INLINE int64_t seen_keys(int64_t n, int64_t queries_end, int64_t hidden) {
+  return larger(0, smaller(n, queries_end - hidden));
+}
+
+// Among the lanes [m, m + lanes): true where the query sees key t.
+template <class C>
+LAK_INLINE auto sees(int64_t m, int64_t t, int64_t hidden) {
+  Vec<C> lane;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = static_cast<C>(i);
+  return lane >= broadcast(static_cast<C>(hidden + t - m));
+}
+
+// scores[t][m] += mask, for `rows` queries from q0 and n keys from k0.
+template <class C>
+void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t rows, int64_t k0, int64_t n, C* scores) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t offset = b * mask.stride_batch + head * mask.stride_head + (q0 + m) * mask.stride_query;
+    for (int64_t t = 0; t < n; ++t) {
+      scores[t * kBlockQueries + m] += mask_value<C>(mask, offset + (k0 + t) * mask.stride_key);
+    }
+  }
+}
+
+template <class F>
+auto with_storage_type(DataType dtype, const F& f) {
+  switch (dtype) {
+    case DataType::kBFloat16: return f(BFloat16{});
+    case DataType::kFloat16: return f(Float16{});
+    case DataType::kFloat64: return f(double{});
+    case DataType::kFloat32: break;
+  }
+  return f(float{});
+}
+
+}  // namespace lak::cpu::LAK_ISA
