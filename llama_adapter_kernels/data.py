@@ -115,7 +115,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list
     for row in rows:
         prompt = begin + tokenizer.encode(row.prompt, add_special_tokens=False)
         tokens = begin + tokenizer.encode(row.prompt + row.output, add_special_tokens=False)
-        if tokens[: len(prompt)] != prompt:  # a token across the border, such as ":'", is no prompt that generation sees
+        if tokens[: len(prompt)] != prompt:  # a token such as ":'": no prompt that generation sees
             tokens = prompt + _continuation(row.output, tokenizer)
         example = Example((*tokens, tokenizer.eos_token_id), len(prompt))
         if len(example) > max_length:
@@ -184,5 +184,7 @@ def _problem(value: Any, need_output: bool) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false"} | dict.fromkeys(
+        (int, float), "a number"
+    )
     return names.get(type(value), "null")

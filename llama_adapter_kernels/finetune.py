@@ -13,7 +13,7 @@ from llama_adapter_kernels.data import Example, read_rows, tokenize
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer, pick_dtype
 from llama_adapter_kernels.packing import StepDataset
-from llama_adapter_kernels.run_folder import check_output, data_fingerprint, prepare_output
+from llama_adapter_kernels.run_folder import check_output, data_fingerprint, last_checkpoint, prepare_output, step_of
 from llama_adapter_kernels.settings import Execution, Settings, check_settings
 
 log = logging.getLogger(__name__)
@@ -65,33 +65,19 @@ def finetune(
     run = {"model": model, "data_sha256": data_fingerprint(examples), "settings": asdict(settings)}
     if main_process:
         prepare_output(output, run, resume=resume)
-    return train(network, examples, output, settings, execution, resume=resume)
+    checkpoint = last_checkpoint(output) if resume else None
+    adapter = attach(network, settings, checkpoint)
+    return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
 
 
-def train(
-    network: Any,
-    examples: list[Example],
-    output: Path,
-    settings: Settings,
-    execution: Execution,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[Any] = (),
-) -> Outcome:
-    """Attaches an adapter to a loaded model, trains and saves it. `output` must exist; `network` keeps the adapter.
-
-    Args:
-        callbacks: further transformers TrainerCallbacks.
+def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> "lak.ZeroGateAdapter":
+    """Gives the model the adapter to train, a new one or the one of a checkpoint; freezes everything else.
 
     Raises:
-        UserError: as `finetune`.
+        UserError: settings or checkpoint do not fit the model.
     """
-    import torch
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
-    from llama_adapter_kernels import trainer as training
-
-    checkpoint = training.last_checkpoint(output) if resume else None
     set_seed(settings.seed)
     with adapter_error_as_user_error():
         if checkpoint:
@@ -101,6 +87,34 @@ def train(
     network.requires_grad_(False)
     for parameter in adapter.parameters():
         parameter.requires_grad_(True)
+    return adapter
+
+
+def train(
+    network: Any,
+    adapter: "lak.ZeroGateAdapter",
+    examples: list[Example],
+    output: Path,
+    settings: Settings,
+    execution: Execution,
+    *,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Outcome:
+    """Trains the adapter of a loaded model and saves it in `output`, a folder that exists.
+
+    Args:
+        checkpoint: go on from here; the adapter must have been loaded from it.
+        callbacks: further transformers TrainerCallbacks.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    from llama_adapter_kernels import trainer as training
+
     trainable = adapter.num_parameters()
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -129,7 +143,9 @@ def train(
         seed=settings.seed,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, never DataParallel
-    micro_batches = arguments.world_size * -(-settings.batch_size // (execution.micro_batch_size * arguments.world_size))
+    micro_batches = arguments.world_size * -(
+        -settings.batch_size // (execution.micro_batch_size * arguments.world_size)
+    )
     dataset = StepDataset(examples, settings.batch_size, micro_batches, settings.seed)
     total_steps = settings.max_steps or settings.epochs * dataset.steps
     arguments.gradient_accumulation_steps = micro_batches // arguments.world_size
@@ -151,12 +167,12 @@ def train(
         len(examples), sum(map(len, examples)), trainable,
         sum(p.numel() for p in network.parameters()), total_steps, settings.batch_size, settings.learning_rate,
     )  # fmt: skip
-    started, done = time.monotonic(), training.step_of(checkpoint) if checkpoint else 0
+    started, done = time.monotonic(), step_of(checkpoint) if checkpoint else 0
     if done < total_steps:  # Trainer would do one step more of a run that has them all
         with stop.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.failed_save:
-        kept = training.last_checkpoint(output)
+        kept = last_checkpoint(output)
         hint = f"{kept} is whole: make room and go on with --resume" if kept else "nothing was saved"
         raise UserError(f"{output}: the last save failed: {trainer.failed_save}; {hint}")
     if not stop.stopped and trainer.is_world_process_zero():

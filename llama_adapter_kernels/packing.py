@@ -1,4 +1,4 @@
-"""Optimizer steps as packed micro-batches: sequences one after the other, without padding and without seeing each other.
+"""Optimizer steps as packed micro-batches: sequences one after the other, without padding, not seeing each other.
 
 A step is a fixed set of examples whatever the number of processes and micro-batches, because the loss is a sum over all
 response tokens of the step divided by their number: how the examples are dealt out changes rounding only.

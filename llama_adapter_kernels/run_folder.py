@@ -10,6 +10,22 @@ from llama_adapter_kernels.data import Example
 from llama_adapter_kernels.errors import UserError
 
 RUN_FILE = "run.json"
+CHECKPOINT = "checkpoint-"
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run. Incomplete ones do not exist under this name."""
+    return max(checkpoints(output), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """All complete checkpoints, in no order."""
+    return [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -24,7 +40,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{output} exists and is not empty: --resume continues its run, --overwrite replaces it")
     if not (output / RUN_FILE).exists():
         flag = "resume" if resume else "overwrite"
-        raise UserError(f"{output}: --{flag}: expected an earlier run in it, but {RUN_FILE} is missing; nothing was touched")
+        raise UserError(f"{output}: --{flag}: no earlier run in it, {RUN_FILE} is missing; nothing was touched")
 
 
 def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for an adapter: packed steps, exact loss normalisation, checkpoints that are whole or absent."""
+"""transformers' Trainer for an adapter: packed steps, exact loss normalisation, checkpoints whole or absent."""
 
 import csv
 import logging
@@ -20,29 +20,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.packing import StepDataset, live_positions
+from llama_adapter_kernels.run_folder import CHECKPOINT, checkpoints, last_checkpoint, step_of
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint-"
 # A save goes here first and is renamed when it is complete. The dot keeps it out of every search for checkpoints.
 STAGING = ".saving"
 CSV_FILE = "training_log.csv"
 # A full disk, as Python, torch.save and safetensors report it.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run. Incomplete ones do not exist under this name."""
-    return max(_checkpoints(output), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT))
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    return [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
@@ -78,7 +64,9 @@ class AdapterTrainer(Trainer):
 
     _staging: Path | None = None
 
-    def __init__(self, model: nn.Module, adapter: Any, args: TrainingArguments, dataset: StepDataset, **more: Any) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Any, args: TrainingArguments, dataset: StepDataset, **more: Any
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
         self.adapter = adapter
         self.failed_save: str | None = None
@@ -149,7 +137,7 @@ class AdapterTrainer(Trainer):
         self._wait_for_everyone()
 
     def _remove_old(self, output: Path) -> None:
-        paths = sorted(_checkpoints(output), key=step_of)
+        paths = sorted(checkpoints(output), key=step_of)
         for path in paths[: -self.args.save_total_limit] if self.args.save_total_limit else []:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -17,7 +17,7 @@ def finetune(
     output: Annotated[Path, Option(help="Folder for the adapter, its checkpoints and logs.")],
     resume: Annotated[bool, Option("--resume", help="Go on with the run in OUTPUT from its last checkpoint.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in OUTPUT.")] = False,
-    skip_bad_rows: Annotated[bool, Option("--skip-bad-rows", help="Leave out rows that do not fit; count them.")] = False,
+    skip_bad_rows: Annotated[bool, Option("--skip-bad-rows", help="Leave out and count bad rows.")] = False,
     prefix_length: Annotated[int, Option(help="Prompt tokens per layer.")] = 10,
     layers: Annotated[int | None, Option(help="Topmost layers with prompts.  [default: all but the lowest 2]")] = None,
     gate: Annotated[str, Option(help="tanh or identity.")] = "tanh",
@@ -33,7 +33,7 @@ def finetune(
     max_length: Annotated[int, Option(help="Tokens; longer examples are truncated.")] = 512,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
-    save_steps: Annotated[int | None, Option(help="Steps between checkpoints.  [default: an epoch, at most 500]")] = None,
+    save_steps: Annotated[int | None, Option(help="Between checkpoints.  [default: an epoch, at most 500]")] = None,
     keep_checkpoints: Annotated[int, Option(help="Older ones are removed.")] = 2,
     log_steps: Annotated[int, Option(help="Steps between logged losses.")] = 10,
     tensorboard: Annotated[bool, Option(help="Log to OUTPUT/tensorboard besides training_log.csv.")] = True,
@@ -43,7 +43,8 @@ def finetune(
 ) -> None:
     """Fine-tune an adapter on instructions. The base model stays frozen and only the adapter is saved.
 
-    Defaults are the paper's recipe. Several GPUs or processes: torchrun --nproc-per-node N -m llama_adapter_kernels finetune ...
+    Defaults are the paper's recipe. Several GPUs or processes:
+    torchrun --nproc-per-node N -m llama_adapter_kernels finetune ...
     """
     import torch
 
@@ -87,6 +88,7 @@ def finetune(
         typer.echo(f"  llama-adapter {shlex.join([*again, '--resume'])}")
         raise typer.Exit(130)
     if outcome.losses:
-        typer.echo(f"Loss {outcome.losses[min(outcome.losses)]:.4f} at first, {outcome.losses[max(outcome.losses)]:.4f} at last")
+        first, last = outcome.losses[min(outcome.losses)], outcome.losses[max(outcome.losses)]
+        typer.echo(f"Loss {first:.4f} at first, {last:.4f} at last")
     typer.echo(f"{outcome.step} steps in {outcome.seconds:.0f} s. The adapter is saved in {output}. Try it with:")
     typer.echo(f"  llama-adapter generate --model {shlex.quote(model)} --adapter {shlex.quote(str(output))}")

@@ -17,7 +17,7 @@ Option = typer.Option
 
 def generate(
     model: Annotated[str, Option(help="Base model: a local Hugging Face folder or a hub name.")],
-    adapter: Annotated[Path | None, Option(help="Folder of a saved adapter; without it the base model answers.")] = None,
+    adapter: Annotated[Path | None, Option(help="Folder of a saved adapter; without: the base model answers.")] = None,
     instruction: Annotated[str | None, Option(help="One instruction. Without it and --file: interactive.")] = None,
     input: Annotated[str, Option(help="Further context for --instruction.")] = "",
     file: Annotated[Path | None, Option(help="Many: Alpaca JSON or JSONL, or .txt with one a line.")] = None,
@@ -39,7 +39,8 @@ def generate(
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     import torch
 
-    from llama_adapter_kernels.generate import Row, Sampling, load_answerer, read_instructions
+    from llama_adapter_kernels.data import Row
+    from llama_adapter_kernels.generate import Sampling, load_answerer, read_instructions
     from llama_adapter_kernels.models import pick_dtype
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
@@ -70,7 +71,7 @@ def generate(
 
 def _converse(answerer: "Answerer", sampling: "Sampling") -> None:
     """Answers line by line until the input ends. Each instruction stands alone: the adapter was trained like that."""
-    from llama_adapter_kernels.generate import Row
+    from llama_adapter_kernels.data import Row
 
     if sys.stdin.isatty():
         typer.echo("Type an instruction; Ctrl-D ends.")

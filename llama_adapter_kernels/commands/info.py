@@ -12,7 +12,8 @@ def info() -> None:
     import llama_adapter_kernels as lak
     from llama_adapter_kernels import backends, ops
 
-    typer.echo(f"llama-adapter-kernels {lak.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    python = platform.python_version()
+    typer.echo(f"llama-adapter-kernels {lak.__version__}, torch {torch.__version__}, Python {python}")
     for package in ("transformers", "triton", "peft"):
         typer.echo(f"{package}: {_version(package) or 'not installed'}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -18,6 +18,7 @@ from pathlib import Path
 # Tests have no prose; the other folders are not the library proper, or depend on what else is installed.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "__pycache__"})
 # C modules: no source to parse. A fixed list, so that the corpus does not depend on what happens to be imported.
+BUILD_FILES = ("_sysconfigdata", "config-")  # differ from machine to machine
 C_MODULES = (
     "builtins", "math", "cmath", "itertools", "time", "array", "binascii", "zlib", "select", "unicodedata",
     "_struct", "_bisect", "_heapq", "_collections", "_functools", "_random", "_csv", "_json", "_socket", "_datetime",
@@ -72,7 +73,7 @@ def standard_library() -> list[Entry]:
     entries: dict[str, Entry] = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if not SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) or relative.parts[0].startswith(("_sysconfigdata", "config-")):
+        if not SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) or relative.parts[0].startswith(BUILD_FILES):
             continue
         parts = relative.with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -143,7 +144,7 @@ def _from_source(tree: ast.Module, module: str) -> Iterator[Entry]:
                 if isinstance(node, ast.ClassDef):
                     if doc:
                         bases = ", ".join(ast.unparse(base) for base in node.bases)
-                        yield Entry(name, "class", f"class {node.name}({bases})" if bases else f"class {node.name}", doc)
+                        yield Entry(name, "class", f"class {node.name}" + (f"({bases})" if bases else ""), doc)
                     yield from visit(node.body, name)
                 elif doc:
                     yield Entry(name, "function", f"def {node.name}({ast.unparse(node.args)})", doc)

@@ -19,7 +19,11 @@ def loss_picture(path: Path, training: Mapping[int, float], held_out: Mapping[in
     axes.plot(list(held_out), list(held_out.values()), color=_ORANGE, marker="o", label="held-out functions")
     for step in (min(held_out), max(held_out)):
         axes.annotate(
-            f"{held_out[step]:.2f}", (step, held_out[step]), textcoords="offset points", xytext=(0, 9), ha="center",
+            f"{held_out[step]:.2f}",
+            (step, held_out[step]),
+            textcoords="offset points",
+            xytext=(0, 9),
+            ha="center",
             color=_ORANGE,
         )
     axes.set(
@@ -38,7 +42,8 @@ def gates_picture(path: Path, gates: Sequence[Sequence[float]], layers: Sequence
     """A map of tanh(gate), one row per layer, one column per query head; all were 0 before training."""
     values = np.array(gates)
     limit = max(float(np.abs(values).max()), 1e-6)
-    figure, axes = plt.subplots(figsize=(1.6 + 0.75 * values.shape[1], 1.6 + 0.55 * values.shape[0]), layout="constrained")
+    size = (1.6 + 0.75 * values.shape[1], 1.6 + 0.55 * values.shape[0])
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for row, column in np.ndindex(*values.shape):
         color = "white" if abs(values[row, column]) > 0.65 * limit else "black"

@@ -55,7 +55,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """22 Alpaca rows of different lengths, half of them with input."""
     chance = random.Random(5)
-    words = "read write file socket return value list of the open close error path name".split()
+    words = [
+        "read",
+        "write",
+        "file",
+        "socket",
+        "return",
+        "value",
+        "list",
+        "of",
+        "the",
+        "open",
+        "close",
+        "error",
+        "path",
+        "name",
+    ]
     rows = [
         {
             "instruction": "Describe " + " ".join(chance.choices(words, k=chance.randint(1, 8))),

@@ -118,7 +118,8 @@ def test_template() -> None:
     )
     assert Row("Do it.", "Now.").prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nDo it.\n\n### Input:\nNow.\n\n### Response:"
+        "response that appropriately completes the request."
+        "\n\n### Instruction:\nDo it.\n\n### Input:\nNow.\n\n### Response:"
     )
 
 
@@ -138,12 +139,17 @@ def test_a_token_across_the_border_leaves_the_prompt_as_generation_sees_it() -> 
 
 def test_truncation_keeps_the_end_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     length = 1 + len(Row("Count.").prompt) + 5
-    rows = [Row("Count.", "", "123456789"), Row("Count.", "", "1234"), Row("Count." * 9, "", "1"), Row("Count.", "", "12345")]
+    rows = [
+        Row("Count.", "", "123456789"),
+        Row("Count.", "", "1234"),
+        Row("Count." * 9, "", "1"),
+        Row("Count.", "", "12345"),
+    ]
     with caplog.at_level(logging.WARNING):
         long, fits, no_room, one_too_long = tokenize(rows, Letters(), length)
     assert [record.getMessage() for record in caplog.records] == [
-        f"3 of 4 examples are longer than {length} tokens and were truncated; 1 of them have no room for a response and "
-        "teach nothing"
+        f"3 of 4 examples are longer than {length} tokens and were truncated; "
+        "1 of them have no room for a response and teach nothing"
     ]
     assert len(long) == len(no_room) == len(fits) == len(one_too_long) == length
     assert all(example.tokens[-1] == 2 for example in (long, fits, no_room, one_too_long))

@@ -14,7 +14,7 @@ from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.generate import Answerer, Sampling, left_padded, load_answerer, read_instructions
 
 pytest.importorskip("transformers")
-from llama_adapter_kernels.models import load_model_and_tokenizer  # noqa: E402
+from llama_adapter_kernels.models import load_model_and_tokenizer
 
 ROWS = [Row("Open the file."), Row("Describe what this does.", "socket.close(self)"), Row("List " * 30), Row("Go.")]
 GREEDY = Sampling(max_new_tokens=12)

@@ -1,4 +1,4 @@
-"""Training runs: losses are exact whatever the micro-batches, processes and interruptions; nothing saved is ever half."""
+"""Training: losses are exact whatever the micro-batches, processes and interruptions; nothing is saved by halves."""
 
 import json
 import logging
@@ -17,9 +17,10 @@ import torch
 
 from llama_adapter_kernels.data import Example, read_rows, tokenize
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.finetune import Outcome, finetune, train
+from llama_adapter_kernels.finetune import Outcome, attach, finetune, train
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.packing import pack
+from llama_adapter_kernels.run_folder import last_checkpoint, step_of
 from llama_adapter_kernels.settings import Execution, Settings
 
 trainer = pytest.importorskip("llama_adapter_kernels.trainer")
@@ -90,8 +91,8 @@ def test_micro_batches_do_not_change_the_losses(
 
 
 def command(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
-    options = ["--model", model, "--data", rows, "--output", output, "--epochs", 2, "--batch-size", 8, "--micro-batch-size",
-               4, "--base-learning-rate", 0.3, "--log-steps", 1, "--save-steps", 5, "--no-tensorboard",
+    options = ["--model", model, "--data", rows, "--output", output, "--epochs", 2, "--batch-size", 8,
+               "--micro-batch-size", 4, "--base-learning-rate", 0.3, "--log-steps", 1, "--save-steps", 5, "--no-tensorboard",
                "--no-progress-bar", "--cpu", *more]  # fmt: skip
     return ["-m", "llama_adapter_kernels", "finetune", *map(str, options)]
 
@@ -132,14 +133,16 @@ def test_killed_and_interrupted_runs_go_on_exactly(tiny_model: Path, rows_file: 
     arguments = command(tiny_model, rows_file, output, "--epochs", "60")
     status, _ = interrupt(arguments, output, 12, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    assert trainer.last_checkpoint(output) is not None
+    assert last_checkpoint(output) is not None
 
     arguments.append("--resume")
-    status, text = interrupt(arguments, output, trainer.read_csv_log(output / trainer.CSV_FILE)[-1]["step"] + 3, signal.SIGINT)
+    status, text = interrupt(
+        arguments, output, trainer.read_csv_log(output / trainer.CSV_FILE)[-1]["step"] + 3, signal.SIGINT
+    )
     assert status == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
-    stopped = trainer.step_of(trainer.last_checkpoint(output))
+    stopped = step_of(last_checkpoint(output))
     assert 12 < stopped < 180
     assert f"Stopped after step {stopped}" in text
 
@@ -154,7 +157,7 @@ def test_a_batch_without_live_labels_contributes_nothing(tiny_model: Path, rows_
     model, tokenizer = load_model_and_tokenizer(str(tiny_model), torch.float32)
     examples = [example.without_labels() for example in tokenize(read_rows(rows_file)[:8], tokenizer, 512)]
     settings = Settings(**{**SHORT.__dict__, "epochs": 1, "weight_decay": 0.0})
-    outcome = train(model, examples, tmp_path, settings, QUIET)
+    outcome = train(model, attach(model, settings), examples, tmp_path, settings, QUIET)
     assert outcome.losses == {1: 0.0}
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
     total, count = trainer.response_loss(model, pack(examples))
@@ -187,15 +190,15 @@ def unlimited_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_examples(tiny_model: Path, rows_file: Path) -> tuple[Any, list[Example]]:
+def small_examples(tiny_model: Path, rows_file: Path) -> tuple[Any, Any, list[Example]]:
     model, tokenizer = load_model_and_tokenizer(str(tiny_model), torch.float32)
-    return model, tokenize(read_rows(rows_file), tokenizer, 512)
+    return model, attach(model, SHORT), tokenize(read_rows(rows_file), tokenizer, 512)
 
 
 # 1 KB: the adapter's own file fails. 4 KB: it fits, and torch.save of the optimizer fails.
 @pytest.mark.parametrize("size", [1024, 4096])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(
-    small_examples: tuple[Any, list[Example]], tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+    small_examples: tuple[Any, Any, list[Example]], tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
 ) -> None:
     execution = Execution(**{**QUIET.__dict__, "save_steps": 2, "keep_checkpoints": 10})
     with unlimited_afterwards(), caplog.at_level(logging.WARNING, logger="llama_adapter_kernels"):
@@ -209,7 +212,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     assert not (tmp_path / trainer.STAGING).exists()
 
 
-def test_a_disk_full_to_the_end_says_what_is_left(small_examples: tuple[Any, list[Example]], tmp_path: Path) -> None:
+def test_a_disk_full_to_the_end_says_what_is_left(
+    small_examples: tuple[Any, Any, list[Example]], tmp_path: Path
+) -> None:
     execution = Execution(**{**QUIET.__dict__, "save_steps": 2})
     with unlimited_afterwards(), pytest.raises(UserError, match=r"last save failed: .*checkpoint-2 is whole.*--resume"):
         train(*small_examples, tmp_path, SHORT, execution, callbacks=[LimitFileSize(3, 99, 1024)])
@@ -223,7 +228,13 @@ def test_output_folders(short_run: tuple[Outcome, Path], tiny_model: Path, rows_
     with pytest.raises(UserError, match="expected one of them, got both"):
         run(tiny_model, rows_file, output, resume=True, overwrite=True)
     with pytest.raises(UserError, match=r"batch_size was 8, is 4; prefix_length was 10, is 3"):
-        run(tiny_model, rows_file, output, Settings(**{**SHORT.__dict__, "batch_size": 4, "prefix_length": 3}), resume=True)
+        run(
+            tiny_model,
+            rows_file,
+            output,
+            Settings(**{**SHORT.__dict__, "batch_size": 4, "prefix_length": 3}),
+            resume=True,
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for flag in ("resume", "overwrite"):
@@ -257,14 +268,20 @@ def test_overwrite_and_resume_of_a_finished_run(tiny_model: Path, rows_file: Pat
         ({"max_length": 30}, "no example has room for a response"),
     ],
 )
-def test_settings_out_of_range(tiny_model: Path, rows_file: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_settings_out_of_range(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         run(tiny_model, rows_file, tmp_path / "run", Settings(**{**SHORT.__dict__, **change}))
 
 
 def test_models_that_are_none(rows_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for model, said in ((tmp_path / "empty", "no config.json"), (tmp_path / "absent", "no such folder"), (rows_file, "a file")):
+    for model, said in (
+        (tmp_path / "empty", "no config.json"),
+        (tmp_path / "absent", "no such folder"),
+        (rows_file, "a file"),
+    ):
         with pytest.raises(UserError, match=said):
             run(model, rows_file, tmp_path / "run")
     (tmp_path / "empty" / "config.json").write_text("{}")
@@ -274,9 +291,12 @@ def test_models_that_are_none(rows_file: Path, tmp_path: Path) -> None:
 
 def test_defaults_are_the_papers_recipe() -> None:
     settings = Settings()
-    assert (settings.epochs, settings.warmup_epochs, settings.betas, settings.weight_decay) == (5, 2.0, (0.9, 0.95), 0.02)
+    assert (settings.epochs, settings.warmup_epochs, settings.betas, settings.weight_decay) == (
+        5,
+        2.0,
+        (0.9, 0.95),
+        0.02,
+    )
     assert settings.max_length == 512
     assert Settings(batch_size=256).learning_rate == pytest.approx(9e-3)
     assert Settings(batch_size=32).learning_rate == pytest.approx(9e-3 / 8)
-
-
