@@ -38,6 +38,7 @@ def decode(*arguments: Any) -> Tensor:
     return launchers.decode(*arguments)
 
 
+@torch.compiler.assume_constant_result  # the compiler asks once instead of tracing into Triton's settings
 def unavailable_reason(device: torch.device) -> str | None:
     """Why this backend cannot run tensors on `device`; None when it can."""
     reason = _triton_problem()
@@ -53,7 +54,8 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "needs an NVIDIA GPU and a torch built with CUDA"
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:
-        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        name = torch.cuda.get_device_name(device)
+        return f"needs compute capability 8.0 or later, {name} has {capability[0]}.{capability[1]}"
     return None
 
 

@@ -1,10 +1,10 @@
 """Tile sizes: one short table per kind of card, instead of a search at the first call.
 
-An entry is (block_m query rows, block_n keys, warps, pipeline stages), chosen by phase, head_dim (rounded up to a power of
-two) and whether elements have 2 or 4 bytes. Every entry is compiled ahead of time by the tests, which check that it does
-not spill and fits the card's shared memory; README.md has the figures.
+An entry is (block_m query rows, block_n keys, warps, pipeline stages), chosen by phase, head_dim and whether elements
+have 2 or 4 bytes. The tests compile entries ahead of time and check that nothing spills inside a loop and that a block
+fits the card's shared memory; README.md has the figures.
 
-Force other tiles with `use_tiles(forward=(64, 64, 4, 2))` or LAK_TRITON_TILES="forward=64,64,4,2 query_gradient=64,32,4,2".
+Force other tiles with `use_tiles(forward=(64, 64, 4, 2))`, or LAK_TRITON_TILES="forward=64,64,4,2 decode=16,32,4,2".
 """
 
 import functools
@@ -31,38 +31,59 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# 16-bit elements. Keys: phase, then the head_dim up to which the entry serves.
+# 16-bit elements: card, phase, then the head_dim up to which the entry serves. Numbers that surprise:
+# - sm80, key_gradient: 32 query rows, because with 64 the two score tiles spill inside the loop.
+# - sm86 differs from sm80 only where sm80's tile does not fit 99 KiB.
+# - sm90 and sm100, key_gradient: 128 keys per block, so that a matrix instruction has its 64 rows per warp group.
+# - sm100, head_dim 128: narrower than sm90, because scores pass through registers on their way from tensor memory.
+# - decode: 16 rows, the least a matrix instruction takes; queries are few, and the stages keep the cache coming.
+_DECODE = {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
+_PREFIX = {128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)}
 _HALF: dict[str, dict[str, dict[int, Tile]]] = {
     "sm80": {
-        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
-        "key_gradient": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "key_gradient": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
         "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "prefix": {64: Tile(64, 0, 4, 2), 128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)},
-        "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+        "prefix": _PREFIX,
+        "decode": _DECODE,
+    },
+    "sm86": {
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "key_gradient": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+        "prefix": _PREFIX,
+        "decode": _DECODE,
     },
     "sm90": {
-        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-        "key_gradient": {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
-        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "prefix": {64: Tile(64, 0, 4, 2), 128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)},
-        "decode": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+        "forward": {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+        "key_gradient": {128: Tile(64, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "query_gradient": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "prefix": _PREFIX,
+        "decode": _DECODE,
+    },
+    "sm100": {
+        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
+        "key_gradient": {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        "query_gradient": {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "prefix": _PREFIX,
+        "decode": _DECODE,
     },
 }
 
 # float32 in full precision has no matrix instruction: small tiles, because operands live in registers.
 _SINGLE: dict[str, dict[int, Tile]] = {
-    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
-    "key_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "forward": {128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+    "key_gradient": {128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "query_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "prefix": {64: Tile(32, 0, 4, 1), 128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},
-    "decode": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+    "prefix": {128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},
+    "decode": {128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
 
 _forced: dict[str, Tile] = {}
 
 
 def family(capability: tuple[int, int]) -> str:
-    """The row of the table for a compute capability. Unknown newer cards get what runs anywhere: the small-memory sm86."""
+    """The row of the table for a compute capability. Unknown newer cards get what fits anywhere: sm86."""
     if capability[0] == 8:
         return "sm80" if capability[1] in (0, 7) else "sm86"
     if capability[0] == 9:
@@ -83,10 +104,7 @@ def processors(device: torch.device) -> int:
 
 
 def table_entry(phase: str, dtype: torch.dtype, head_dim: int, card: str) -> Tile:
-    if dtype == torch.float32:
-        entries = _SINGLE[phase]
-    else:
-        entries = _HALF.get(card, _HALF["sm80"])[phase]
+    entries = _SINGLE[phase] if dtype == torch.float32 else _HALF[card][phase]
     return next(tile for limit, tile in entries.items() if head_dim <= limit)
 
 

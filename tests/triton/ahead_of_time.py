@@ -148,3 +148,22 @@ def _launch(
     else:
         query = rows(heads, 1)
         launchers.decode(query, *inputs[1:], lengths, lengths, None, 0.125, is_causal)
+
+
+def narrow_tile_offsets(card: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Additions of a 32-bit offset to the pointers of a two-dimensional tile, as the compiler sees them."""
+    found: list[str] = []
+    plain_report = globals()["report"]
+
+    def inspect(compiled: Any, constants: dict[str, Any]) -> Report | None:
+        additions = re.findall(r"tt\.addptr .*", compiled.asm["ttir"])
+        found.extend(line for line in additions if re.search(r"tensor<\d+x\d+xi32>", line))
+        return None
+
+    globals()["report"] = inspect
+    try:
+        for pass_name in ("forward", "backward"):
+            compile_for(card, dtype, head_dim, pass_name)
+    finally:
+        globals()["report"] = plain_report
+    return found
