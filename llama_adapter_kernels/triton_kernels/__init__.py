@@ -6,6 +6,7 @@ this package does not import Triton; the first call does.
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,9 +39,12 @@ def decode(*arguments: Any) -> Tensor:
     return launchers.decode(*arguments)
 
 
-@torch.compiler.assume_constant_result  # the compiler asks once instead of tracing into Triton's settings
 def unavailable_reason(device: torch.device) -> str | None:
     """Why this backend cannot run tensors on `device`; None when it can."""
+    return _reason(device)
+
+
+def _find_reason(device: torch.device) -> str | None:
     reason = _triton_problem()
     if reason is not None:
         return reason
@@ -57,6 +61,10 @@ def unavailable_reason(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"needs compute capability 8.0 or later, {name} has {capability[0]}.{capability[1]}"
     return None
+
+
+# The compiler asks once, instead of tracing into Triton's settings.
+_reason: Callable[[torch.device], str | None] = torch.compiler.assume_constant_result(_find_reason)
 
 
 def _triton_problem() -> str | None:

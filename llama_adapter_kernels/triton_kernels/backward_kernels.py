@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Backward, the part that is quadratic in the sequence. P is computed again from Q, K and the saved log-sum-exp.
 
     P = exp(scale Q K^T - LSE)   dS = P * (dO V^T - D_w)   dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K
@@ -52,10 +52,10 @@ def sweep_queries(
     Columns of keys that are not valid hold anything: they only reach rows of dK and dV that the caller zeroes.
     One loop over (head, block): with a loop in a loop, ptxas keeps the key and value tiles twice and spills.
     """
-    divisor = tl.maximum(blocks, 1)  # the pipeline divides before it knows that there is no block
-    for step in tl.range(0, loop_bound(heads * blocks)):
-        head = start_first * 0 + step // divisor
-        start = start_first + step % divisor * BLOCK_M
+    start_end = start_first + blocks * BLOCK_M
+    start = start_first
+    head = start_first * 0
+    for _ in tl.range(0, loop_bound(heads * blocks)):
         rows = start + tl.arange(0, BLOCK_M)
         row_valid = (rows >= 0) & (rows < queries)
         query_now = query_tile + offset(head, query_stride_head, ALIGNMENT) + offset(start, query_stride, ALIGNMENT)
@@ -84,6 +84,10 @@ def sweep_queries(
         dvalue = dot_add(probabilities.to(doutput.dtype), doutput, dvalue)
         dscores = probabilities * (dot(value, tl.trans(doutput)) - row_delta[None, :])
         dkey = dot_add(dscores.to(query.dtype), query, dkey)
+        start += BLOCK_M
+        last_of_head = start >= start_end
+        start = tl.where(last_of_head, start_first, start)
+        head += last_of_head.to(tl.int32)
     return dkey, dvalue
 
 
@@ -116,8 +120,8 @@ def key_gradient_kernel(
     v = load_tile(value_base + tile_offsets(key_first + columns, value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
                   column_valid, HEAD_DIM, BLOCK_D, True)  # fmt: skip
 
-    # Rows that see a key of this block: row_first.., and all of it: row_whole... Blocks of rows end with the last query,
-    # so that a partial block stands at the beginning, where the diagonal is tested anyway.
+    # Rows that see a key of this block: from row_first; all of it: from row_whole. Blocks of rows end with the last
+    # query, so that a partial block stands at the beginning, where the diagonal is tested anyway.
     diagonal = end - queries
     row_first = begin * 0
     row_whole = begin * 0
@@ -183,7 +187,7 @@ def sweep_keys(
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, MASK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Adds `blocks` blocks of keys from `begin` to dQ / scale; arguments as in `attend`. row_logsumexp: base 2, finite."""
+    """Adds `blocks` blocks of keys from `begin` to dQ / scale, see `attend`. row_logsumexp: base 2, finite."""
     for block in tl.range(0, loop_bound(blocks)):
         start = begin + block * BLOCK_N
         columns = start + tl.arange(0, BLOCK_N)
@@ -220,7 +224,7 @@ def query_gradient_kernel(
     row_first = (row_blocks - 1 - program % row_blocks) * BLOCK_M  # longest first, as in the forward kernel
     head = (program // row_blocks) % heads_q
     b = program // (row_blocks * heads_q)
-    query_first, queries, key_first, keys, begin, end = locate(
+    query_first, queries, key_first, _, begin, end = locate(
         b, key_start, key_end, cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, total_q, total_k
     )
     if row_first >= queries:
@@ -259,9 +263,7 @@ def query_gradient_kernel(
     if CAUSAL:
         row_limit = tl.minimum(end, rows + (end - queries) + 1)
     row_last = tl.minimum(row_first + BLOCK_M, queries)
-    whole, blocks, last = visible_blocks(
-        row_first, row_last, queries, begin, end, CAUSAL, MASK != MASK_NONE, BLOCK_N
-    )
+    whole, blocks, last = visible_blocks(row_first, row_last, queries, begin, end, CAUSAL, MASK != MASK_NONE, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if MASK == MASK_NONE:
         dq = sweep_keys(

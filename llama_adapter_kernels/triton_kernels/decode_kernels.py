@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Decode: few queries against a long cache. Reading the cache is the cost, so the keys of a sequence are split over the
 processor, and the query heads of a group share one tile, so that a key is read once for all of them.
 
@@ -22,12 +22,12 @@ from llama_adapter_kernels.triton_kernels.tiles import (
     choose_prefix,
     load_gate,
     load_tile,
-    locate,
     loop_bound,
     normalise,
     offset,
     store_tile,
     tile_offsets,
+    valid_keys,
 )
 
 VARYING = (
@@ -47,7 +47,7 @@ def split_kernel(
     BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, CHECK_ALL: tl.constexpr,
     COMBINE: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Rows are (head of the group, query). COMBINE: writes partial [B, Hq, Sq, splits, D] and its base-2 log-sum-exp."""
+    """Rows are (head of the group, query). COMBINE: writes partial [B, Hq, Sq, splits, D] and base-2 log-sum-exp."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(group * seq_q, BLOCK_M)
     split = program % splits
@@ -57,9 +57,7 @@ def split_kernel(
     row_valid = row < group * seq_q
     head = head_kv * group + row // seq_q  # per row
     position = row % seq_q
-    query_first, queries, key_first, keys, begin, end = locate(
-        b, key_start, key_end, None, None, seq_q, seq_k, seq_q, seq_k
-    )
+    begin, end = valid_keys(b, key_start, key_end, seq_k + 0)
     rows_offset = offset(head, query_strides[1], ALIGNMENT) + offset(position, query_strides[2], ALIGNMENT)
     query_tile = query + offset(b, query_strides[0], ALIGNMENT) + rows_offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
     q = load_tile(query_tile, row_valid, HEAD_DIM, BLOCK_D, True)
@@ -111,9 +109,7 @@ def split_kernel(
     else:
         if PREFIX != PREFIX_NONE:
             entry, slots, bad = choose_prefix(b, prefix_index, prefix_count, prefix_length)
-            gate_value = load_row_gates(
-                gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head
-            )
+            gate_value = load_row_gates(gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head)
             slot = tl.arange(0, BLOCK_P)
             prefix_key_tile = (
                 prefix_key + offset(entry, prefix_key_strides[0], ALIGNMENT)

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Forward: one program computes BLOCK_M query rows of one head.
 
     O = softmax(scale Q K^T) V + gate * softmax(scale Q Kp^T) Vp
@@ -73,7 +73,7 @@ def forward_kernel(
     row_first = (row_blocks - 1 - program % row_blocks) * BLOCK_M
     head = (program // row_blocks) % heads_q
     b = program // (row_blocks * heads_q)
-    query_first, queries, key_first, keys, begin, end = locate(
+    query_first, queries, key_first, _, begin, end = locate(
         b, key_start, key_end, cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, total_q, total_k
     )
     if row_first >= queries:

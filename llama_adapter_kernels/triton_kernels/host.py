@@ -72,7 +72,9 @@ def mask_view(attn_mask: Tensor | None) -> Mask:
     return Mask(attn_mask, used, tiles.MASK_FLOAT.value)  # type: ignore[arg-type]
 
 
-def run(kernel: Any, programs: Sequence[int], device: torch.device, tile: Tile, *arguments: Any, **constants: Any) -> None:
+def run(
+    kernel: Any, programs: Sequence[int], device: torch.device, tile: Tile, *arguments: Any, **constants: Any
+) -> None:
     """Launches `programs` programs on the tensors' device (which need not be the current one).
 
     Contraction to fused multiply-add is asked for by name: Triton is changing its default.
@@ -88,8 +90,10 @@ def run(kernel: Any, programs: Sequence[int], device: torch.device, tile: Tile, 
 def empty_rows_like(tensor: Tensor) -> Tensor:
     """An uninitialised tensor laid out like `tensor`, except that its last dimension is dense (see `finish`)."""
     result = torch.empty_like(tensor)
-    return result if result.stride(-1) == 1 or result.shape[-1] == 1 else torch.empty(
-        tensor.shape, dtype=tensor.dtype, device=tensor.device
+    return (
+        result
+        if result.stride(-1) == 1 or result.shape[-1] == 1
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     )
 
 

@@ -192,12 +192,11 @@ def backward(
             _reduce(dgate_partial, dgate[:, :, None, None], size.batch, row_blocks, dgate_partial.stride(0),
                     dgate_partial.stride(1), 1, 1, 1, prefix_index)  # fmt: skip
 
-    words = (delta, mask.tensor, mask.strides)
     if need_dkey_dvalue:
         tile = tile_for("key_gradient", dtype, size.head_dim, device)
         run(
             key_gradient_kernel, (-(-size.seq_k // tile.block_n) * size.heads_kv * size.batch,), device, tile,
-            q, k, v, do, logsumexp, words[0], dkey, dvalue, mask.tensor, key_start, key_end, cu_seqlens_q, cu_seqlens_k,
+            q, k, v, do, logsumexp, delta, dkey, dvalue, mask.tensor, key_start, key_end, cu_seqlens_q, cu_seqlens_k,
             strides(q), strides(k), strides(v), strides(do), strides(dkey), strides(dvalue), *mask.strides,
             size.heads_kv, size.group, size.seq_q, size.seq_k, size.total_q, size.total_k, scale, scale_log2,
             **common, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, CAUSAL=is_causal, MASK=mask.kind,
@@ -247,7 +246,7 @@ def decode(
     prefix_kind, block_p = _prefix_kind(prefix_length)
     output = empty_rows_like(query)
     tile = tile_for("decode", query.dtype, size.head_dim, query.device)
-    # More rows than the smallest tile (several new tokens, large groups): larger tiles, so that keys are read less often.
+    # More rows than the smallest tile (several new tokens, large groups): a larger one, so that keys are read once.
     block_m = min(max(tile.block_m, block_of(size.group * size.seq_q)), 64)
     programs = -(-size.group * size.seq_q // block_m) * size.heads_kv * size.batch
     splits = _splits(size, tile, programs, query.device)
@@ -284,7 +283,8 @@ _MOST_SPLITS = 32
 def _splits(size: _Sizes, tile: Tile, programs: int, device: torch.device) -> int:
     """Enough splits for two programs per processor, each with at least two blocks of the cache's capacity."""
     wanted = -(-2 * tuning.processors(device) // max(programs, 1))
-    return max(1, min(wanted, size.seq_k // (2 * tile.block_n), _MOST_SPLITS))
+    splits: int = max(1, min(wanted, size.seq_k // (2 * tile.block_n), _MOST_SPLITS))
+    return splits
 
 
 def _reduce(
@@ -304,8 +304,8 @@ def _reduce(
     run(
         reduce_kernel, (count * heads, -(-columns // _REDUCE_COLUMNS)), partial.device, _REDUCE_TILE,
         partial, result, prefix_index, sequences, per_sequence, sequence_stride, head_stride, stride, columns, heads,
-        strides(result), HEAD_DIM=head_dim, BLOCK_R=_REDUCE_TILE.block_m, BLOCK_C=min(_REDUCE_COLUMNS, block_of(columns)),
-        SHARED=prefix_index is None and count == 1,
+        strides(result), HEAD_DIM=head_dim, BLOCK_R=_REDUCE_TILE.block_m,
+        BLOCK_C=min(_REDUCE_COLUMNS, block_of(columns)), SHARED=prefix_index is None and count == 1,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Backward, the part that is linear in the sequence: row statistics and the gradients of prefix and gate.
 
     D_p = rowsum(P_p * (dO Vp^T))    D_w = rowsum(dO * O) - gate * D_p    dgate = sum of D_p
@@ -207,8 +207,8 @@ def reduce_kernel(
 ):  # fmt: skip
     """result[a, h, :] = sum over the sequences b of entry a and their `per_sequence` partial sums, in a fixed order.
 
-    partial[b * sequence_stride + h * head_stride + r * stride + c], c < size; result rows are HEAD_DIM long. SHARED: one
-    entry for every sequence; else `prefix_index` chooses, or without it entry a belongs to sequence a alone.
+    partial[b * sequence_stride + h * head_stride + r * stride + c], c < size; rows of the result have HEAD_DIM columns.
+    SHARED: one entry for every sequence; else `prefix_index` chooses, or without it entry a is for sequence a alone.
     """
     entry = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -227,7 +227,9 @@ def reduce_kernel(
             used = used & (tl.load(prefix_index + b, mask=used, other=-1) == entry)
         pointers = partial + b.to(tl.int64) * sequence_stride + head.to(tl.int64) * head_stride
         pointers += (row % per_sequence).to(tl.int64) * stride
-        total += tl.load(pointers[:, None] + columns[None, :], mask=used[:, None] & (columns < size)[None, :], other=0.0)
+        valid = used[:, None] & (columns < size)[None, :]
+        total += tl.load(pointers[:, None] + columns.to(tl.int64)[None, :], mask=valid, other=0.0)
+    # One row of the result per HEAD_DIM columns.
     target = result + entry.to(tl.int64) * result_strides[0] + head.to(tl.int64) * result_strides[1]
     target += (columns // HEAD_DIM).to(tl.int64) * result_strides[2] + columns % HEAD_DIM
     tl.store(target, tl.sum(total, 0).to(result.dtype.element_ty), mask=columns < size)

@@ -1,9 +1,9 @@
-# mypy: disable-error-code="no-untyped-def"
-# Kernels are written in Triton's language, which has no Python types: operands are tiles, constexpr are compile-time values.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no Python types: operands are tiles, constexpr is compile time.
 """What the kernels share: where a sequence lies, loading tiles, one sweep of online softmax over keys, the prefix.
 
-Scores live in units of log2: exp2 is one instruction, and log2(e) is folded into the scale. Offsets are 64 bits wide, so
-that no tensor is too large. ALIGNMENT says by how many elements every stride can be divided (8 elements are 16 bytes, the
+Scores live in units of log2: exp2 is one instruction, and log2(e) is folded into the scale. Offsets are 64 bits wide,
+so that no tensor is too large. ALIGNMENT says by how many elements every stride can be divided (8 are 16 bytes, the
 widest copy); without it head sizes such as 72 would be loaded element by element.
 """
 
@@ -92,6 +92,18 @@ def packed_rows(b, cu_seqlens, total, longest):
 
 
 @triton.jit
+def valid_keys(b, key_start, key_end, keys):
+    """The window [begin, end) of sequence b, within its keys whatever the lengths hold."""
+    begin = b * 0
+    end = keys
+    if key_end is not None:
+        end = tl.minimum(tl.maximum(tl.load(key_end + b), 0), keys)
+    if key_start is not None:
+        begin = tl.minimum(tl.maximum(tl.load(key_start + b), 0), end)
+    return begin, end
+
+
+@triton.jit
 def locate(b, key_start, key_end, cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, total_q, total_k):
     """(first query row, queries, first key row, keys in memory, begin and end of the valid keys) of sequence b."""
     if cu_seqlens_q is not None:
@@ -102,12 +114,7 @@ def locate(b, key_start, key_end, cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, tota
         queries = seq_q + 0
         key_first = b * 0
         keys = seq_k + 0
-    begin = b * 0
-    end = keys
-    if key_end is not None:
-        end = tl.minimum(tl.maximum(tl.load(key_end + b), 0), keys)
-    if key_start is not None:
-        begin = tl.minimum(tl.maximum(tl.load(key_start + b), 0), end)
+    begin, end = valid_keys(b, key_start, key_end, keys)
     return query_first, queries, key_first, keys, begin, end
 
 
@@ -117,10 +124,9 @@ def choose_prefix(b, prefix_index, prefix_count, prefix_length):
 
     Without a prefix (index -1) there are no slots and nothing of the entry is read.
     """
+    entry = tl.where(prefix_count > 1, b, 0)
     if prefix_index is not None:
         entry = tl.load(prefix_index + b)
-    else:
-        entry = tl.where(prefix_count > 1, b, 0)
     slots = tl.where(entry == -1, 0, prefix_length)
     bad = (entry < -1) | (entry >= prefix_count)
     return tl.minimum(tl.maximum(entry, 0), prefix_count - 1), slots, bad
@@ -219,7 +225,8 @@ def add_prefix_tile(acc, query, prefix_key, prefix_value, slots, gate, scale_log
 @triton.jit
 def add_prefix_loop(
     acc, query, key_tile, value_tile, key_stride, value_stride, slots, gate, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """As add_prefix_tile for a longer prefix: one pass for the softmax statistics, one that adds."""
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)

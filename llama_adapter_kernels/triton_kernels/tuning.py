@@ -72,7 +72,7 @@ _HALF: dict[str, dict[str, dict[int, Tile]]] = {
 
 # float32 in full precision has no matrix instruction: small tiles, because operands live in registers.
 _SINGLE: dict[str, dict[int, Tile]] = {
-    "forward": {128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+    "forward": {128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
     "key_gradient": {128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "query_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
     "prefix": {128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},

@@ -1,7 +1,7 @@
 """Compiles the kernels as the launchers would launch them, for a card that is not here, and reads the machine code.
 
-The launchers run unchanged on CPU tensors; only Triton's driver is replaced by one that names a card, and a launch by the
-compilation before it. So what is checked has the very arguments, alignments and tiles of a real launch.
+The launchers run unchanged on CPU tensors; only Triton's driver is replaced by one that names a card, and a launch by
+the compilation before it. So what is checked has the very arguments, alignments and tiles of a real launch.
 """
 
 import re
@@ -41,7 +41,8 @@ class Report:
 # Matrix instructions of the three generations, 16-byte asynchronous copies and loads, special functions.
 KINDS = {
     "HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "UTCHMMA": r"\bUTC\w*MMA", "LDGSTS": r"\bLDGSTS\.\S*128",
-    "LDG128": r"\bLDG\.\S*128", "LDG": r"\bLDG\.", "MUFU.EX2": r"\bMUFU\.EX2", "FFMA": r"\bFFMA", "all": r"^\s+/\*[0-9a-f]{4,}\*/\s",
+    "LDG128": r"\bLDG\.\S*128", "LDG": r"\bLDG\.", "MUFU.EX2": r"\bMUFU\.EX2", "FFMA": r"\bFFMA",
+    "all": r"^\s+/\*[0-9a-f]{4,}\*/\s",
 }  # fmt: skip
 
 

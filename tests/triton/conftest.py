@@ -1,7 +1,7 @@
 """Runs checks in Triton's interpreter, in one child process per test worker.
 
-Whether kernels are interpreted is decided when Triton is imported, for the whole process. Other tests of the same run may
-want them compiled (on a GPU, or ahead of time), so this process never sets TRITON_INTERPRET: a spawned child does.
+Whether kernels are interpreted is decided when Triton is imported, for the whole process. Other tests of the same run
+may want them compiled (on a GPU, or ahead of time), so this process never sets TRITON_INTERPRET: a spawned child does.
 This folder must not become a package: with `tests` on sys.path, `import triton` would find it.
 """
 

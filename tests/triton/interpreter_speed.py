@@ -1,5 +1,5 @@
-"""The interpreter redirects Triton's language at every call of a device function and back at its end, which is nearly half
-of the time that small tiles take. A process that does nothing but interpret can do it once."""
+"""The interpreter redirects Triton's language at every call of a device function, which is nearly half of the time that
+small tiles take. A process that does nothing but interpret can do it once."""
 
 from typing import Any
 

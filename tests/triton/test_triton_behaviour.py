@@ -27,6 +27,7 @@ DECODE = [
     Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=100, scale=-0.2, layout="bshd"),
 ]
 BEHAVIOUR = [
+    triton_checks.one_key_has_no_score_gradient,
     triton_checks.unused_keys_hold_nan,
     triton_checks.gradients_repeat_bit_for_bit,
     triton_checks.index_out_of_range_is_nan,
@@ -129,7 +130,8 @@ def test_unavailable_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tiles_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert tuning.tile_for("forward", torch.float16, 64, cpu) == tuning.table_entry("forward", torch.float16, 64, "sm80")
+    expected = tuning.table_entry("forward", torch.float16, 64, "sm80")
+    assert tuning.tile_for("forward", torch.float16, 64, cpu) == expected
     monkeypatch.setenv(tuning.TILES_VARIABLE, "forward=64,16,4,1 decode=16,32,4,2")
     assert tuning.tile_for("forward", torch.float16, 64, cpu) == (64, 16, 4, 1)
     with tuning.use_tiles(forward=(16, 16, 4, 1)):
