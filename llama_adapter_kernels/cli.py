@@ -4,22 +4,35 @@ import logging
 import os
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
+from llama_adapter_kernels.bench.cli import bench, bench_check, bench_report
 from llama_adapter_kernels.commands import demo, finetune, generate, info
 from llama_adapter_kernels.errors import UserError
+
+# Packages that only some commands need -> the extra that brings them.
+_EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "sentencepiece"), "transformers") | {
+    "matplotlib": "bench",
+    "peft": "peft",
+}
 
 
 class _Commands(TyperGroup):
     """Prints a user's mistake as one line instead of a stack trace."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
             typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get(error.name or "")
+            if extra is None:
+                raise
+            command = f"pip install 'llama-adapter-kernels[{extra}]'"
+            typer.secho(f"error: this needs {error.name}, which is not installed: {command}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             typer.secho("interrupted", err=True)
@@ -52,3 +65,6 @@ app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(demo.demo)
 app.command()(info.info)
+app.command()(bench)
+app.command()(bench_report)
+app.command()(bench_check)

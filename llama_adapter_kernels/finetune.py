@@ -155,10 +155,7 @@ def train(
     csv_path = output / training.CSV_FILE
     own: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
     if execution.tensorboard and arguments.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        own.append(TensorBoardCallback(SummaryWriter(log_dir=str(output / TENSORBOARD_FOLDER))))
+        own += _tensorboard(output / TENSORBOARD_FOLDER)
     trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=[*own, *callbacks])
     stop = training.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
@@ -210,3 +207,15 @@ def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
         return {}
     name = "activation_checkpointing" if hasattr(arguments, "activation_checkpointing") else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _tensorboard(folder: Path) -> list[Any]:
+    """The callback that writes losses for TensorBoard; none where it is not installed, with a word about it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("tensorboard is not installed: losses go to training_log.csv alone")
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]

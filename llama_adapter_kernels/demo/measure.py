@@ -1,20 +1,25 @@
 """What the demo measures: the held-out loss, and a training step with three ways to compute the same attention."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from llama_adapter_kernels import reference
+from llama_adapter_kernels.backends import use_backend
 from llama_adapter_kernels.data import Example
 from llama_adapter_kernels.packing import pack
 from llama_adapter_kernels.trainer import response_loss
 
 _BATCH_TOKENS = 4096  # of a packed evaluation batch, more or less
-_TIMED_SHAPE = (8, 256)
-_ROUNDS = 5
+TIMED_SHAPE = (8, 256)  # sequences, tokens
+ROUNDS = 5
 
 
 @torch.no_grad()
@@ -35,14 +40,14 @@ def step_times(model: nn.Module) -> dict[str, float]:
 
     The ways take turns, so that a busy moment of the machine hits all of them.
     """
-    tokens = torch.randint(3, model.config.vocab_size, _TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, model.config.vocab_size, TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
     ways: dict[str, Callable[..., Tensor] | None] = {
         "fused (this package)": None,
         "two scaled_dot_product_attention calls": two_calls,
         "eager": eager,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_number in range(_ROUNDS + 1):
+    for round_number in range(ROUNDS + 1):
         for name, way in ways.items():
             with attention_replaced(way):
                 started = time.perf_counter()
@@ -55,7 +60,11 @@ def step_times(model: nn.Module) -> dict[str, float]:
 
 def gate_values(adapter: Any) -> dict[int, list[float]]:
     """tanh(gate) of every query head by layer, lowest layer first."""
-    return {int(name.split(".")[1]): torch.tanh(p).flatten().tolist() for name, p in adapter.named_parameters() if name.endswith("gate")}
+    return {
+        int(name.split(".")[1]): torch.tanh(p).flatten().tolist()
+        for name, p in adapter.named_parameters()
+        if name.endswith("gate")
+    }
 
 
 def two_calls(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor, **options: Any) -> Tensor:
@@ -97,7 +106,7 @@ def attention_replaced(way: Callable[..., Tensor] | None) -> Iterator[None]:
         yield
         return
     original = reference.forward
-    reference.forward = lambda *tensors, **options: (way(*tensors, **options), None)  # type: ignore[assignment]
+    reference.forward = lambda *tensors, **options: (way(*tensors, **options), None)
     try:
         with use_backend("reference"):
             yield

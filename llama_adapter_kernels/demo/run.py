@@ -23,7 +23,9 @@ from llama_adapter_kernels.run_folder import check_output, data_fingerprint, pre
 from llama_adapter_kernels.settings import Execution, Settings
 
 BASE_MODEL = Path(__file__).parent / "assets" / "base"
-SETTINGS = Settings(layers=5, epochs=2, warmup_epochs=0.2, batch_size=32, base_learning_rate=0.08, max_length=256)
+SETTINGS = Settings(
+    layers=5, epochs=2, max_steps=200, warmup_epochs=0.2, batch_size=32, base_learning_rate=0.16, max_length=256
+)
 EXECUTION = Execution(micro_batch_size=16, log_steps=2, tensorboard=False, on_cpu=True)
 EVALUATIONS = 4  # of the held-out loss while training
 # Held-out functions that are in every supported Python; shown before and after.
@@ -44,14 +46,22 @@ class HeldOutLoss(TrainerCallback):
             self.losses[state.global_step] = held_out_loss(model, self.examples)
 
 
-def run(output: Path, settings: Settings = SETTINGS) -> Results:
-    """Runs the demo on the CPU; writes loss.png, gates.png, report.md and the adapter into `output`."""
+def run(output: Path, settings: Settings = SETTINGS, held_out_limit: int | None = None) -> Results:
+    """Runs the demo on the CPU; writes loss.png, gates.png, report.md and the adapter into `output`.
+
+    Args:
+        held_out_limit: evaluate on so many of the held-out functions; None: on all.
+
+    Raises:
+        UserError: `output` holds something else than an earlier demo.
+    """
     transformers.utils.logging.disable_progress_bar()  # of the loading; training shows its own
     started = time.monotonic()
     check_output(output, resume=False, overwrite=(output / "run.json").exists())
 
     _heading("Text: the docstrings of this Python's standard library")
     training, held_out = corpus.examples(corpus.standard_library())
+    held_out = held_out[:held_out_limit]
     typer.echo(f"{len(training)} functions to learn from, {len(held_out)} held out (the base model has not seen them)")
     network, tokenizer = load_model_and_tokenizer(str(BASE_MODEL), torch.float32)
     examples, unseen = (
@@ -68,7 +78,7 @@ def run(output: Path, settings: Settings = SETTINGS) -> Results:
     typer.echo(f"held-out loss {loss_before:.3f}")
 
     _heading("Training: prompts and gates only")
-    steps = settings.epochs * -(-len(examples) // settings.batch_size)
+    steps = settings.max_steps or settings.epochs * -(-len(examples) // settings.batch_size)
     measured = HeldOutLoss(unseen, steps)
     adapter = attach(network, settings)
     outcome = train(network, adapter, examples, output, settings, EXECUTION, callbacks=[measured])

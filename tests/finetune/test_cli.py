@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -40,7 +42,17 @@ def test_info() -> None:
             assert text == ("available" if reason is None else f"not available: {reason}")
 
 
-def test_a_mistake_in_finetune_costs_one_line(tmp_path: object) -> None:
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # import raises ModuleNotFoundError
+    arguments = ["finetune", "--model", "some/model", "--data", str(rows_file), "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "pip install 'llama-adapter-kernels[transformers]'" in result.stderr
+
+
+def test_a_mistake_in_finetune_costs_one_line(tmp_path: Path) -> None:
     arguments = ["finetune", "--model", "m", "--data", "/absent.json", "--output", f"{tmp_path}/run"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
