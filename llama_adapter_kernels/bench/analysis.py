@@ -1,0 +1,75 @@
+"""Figures that are made of measurements: baselines, ratios, rates and shares of the ceilings."""
+
+from dataclasses import dataclass
+
+from llama_adapter_kernels.bench.results import Measurement, Results
+
+Race = dict[str, Measurement]
+PADDED_TO_512 = "two-sdpa-512"  # what the released training script does; nobody's best
+
+
+def timed(race: Race) -> Race:
+    return {name: entry for name, entry in race.items() if entry.median is not None}
+
+
+def _fastest(entries: list[Measurement]) -> Measurement | None:
+    return min(entries, key=lambda entry: entry.median or float("inf"), default=None)
+
+
+def two_sdpa(race: Race) -> Measurement | None:
+    """The fastest composition of two attention calls: the best one has without this package."""
+    return _fastest([e for n, e in timed(race).items() if n.startswith("two-") and n != PADDED_TO_512])
+
+
+def plain_sdpa(race: Race) -> Measurement | None:
+    """The fastest plain attention without a prefix: the lower bound."""
+    return _fastest([e for n, e in timed(race).items() if n in ("sdpa", "sdpa-loop")])
+
+
+def fused(race: Race, packed: bool = False) -> Measurement | None:
+    """The fastest of our backends that computes the prefix; the slow definition is none of them."""
+    candidates = {name: entry for name, entry in timed(race).items() if entry.ours and entry.prefix_length}
+    return _fastest([e for n, e in candidates.items() if "reference" not in n and n.endswith("-packed") == packed])
+
+
+def eager(race: Race) -> Measurement | None:
+    """What the field ships: eager concatenated attention, PEFT's module in the model cases."""
+    return _fastest([e for n, e in timed(race).items() if n in ("eager", "eager-512", "peft")])
+
+
+def speedup(baseline: Measurement | None, entry: Measurement | None) -> float | None:
+    """How many times faster `entry` is."""
+    if baseline is None or entry is None or baseline.median is None or entry.median is None:
+        return None
+    return baseline.median / entry.median
+
+
+@dataclass(frozen=True)
+class Rates:
+    """flops: FLOP/s of the work that the problem asks for; share_* of the ceilings measured in the same run."""
+
+    flops: float
+    bandwidth: float
+    share_of_gemm: float | None
+    share_of_memory: float | None
+
+
+def rates(entry: Measurement, ceilings: dict[str, float]) -> Rates:
+    assert entry.median is not None
+    flops, bandwidth = entry.flop / entry.median, entry.bytes / entry.median
+    gemm, memory = ceilings.get(f"gemm_{entry.dtype}"), memory_ceiling(ceilings)
+    return Rates(flops, bandwidth, flops / gemm if gemm else None, bandwidth / memory if memory else None)
+
+
+def memory_ceiling(ceilings: dict[str, float]) -> float | None:
+    return max((ceilings[name] for name in ("copy", "read") if name in ceilings), default=None)
+
+
+def speedups(results: Results) -> dict[str, float]:
+    """{"case mode dtype": fused over two SDPA calls} of every race that has both."""
+    found = {}
+    for race, entries in results.races().items():
+        ratio = speedup(two_sdpa(entries), fused(entries))
+        if ratio is not None:
+            found[" ".join(race)] = ratio
+    return found

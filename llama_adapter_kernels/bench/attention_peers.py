@@ -1,0 +1,197 @@
+"""Contestants for attention over a (padded) batch, and for decoding against a cache: the same calls with one query."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from llama_adapter_kernels import backends, reference, zero_gate_decode
+from llama_adapter_kernels.bench.peer import Peer, Prepared
+from llama_adapter_kernels.testing import Problem
+
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def leaves(problem: Problem) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in problem.tensors.items() if tensor is not None}
+
+
+def sdpa_mask(problem: Problem) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) for scaled_dot_product_attention: a mask only where there is no other way."""
+    case, tensors = problem.case, leaves(problem)
+    key_end = problem.arguments.get("key_end")
+    if key_end is not None:
+        is_causal = case.is_causal and case.seq_q > 1  # one query sees all valid keys
+        one_head = (tensors["query"][:, :1], tensors["key"][:, :1])
+        return reference.allowed_keys(*one_head, is_causal, None, None, key_end), False
+    return None, case.is_causal and case.seq_q > 1
+
+
+def two_calls(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    gate: Tensor | None, attn_mask: Tensor | None, is_causal: bool, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """What one writes without this package: two calls and one multiply-add; without a prefix one call."""
+    grouped = query.shape[1] != key.shape[1]
+    words = scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    if prefix_key is None or prefix_value is None or gate is None:
+        return words
+    shape = (query.shape[0], -1, -1, -1)
+    prefix = scaled_dot_product_attention(
+        query, prefix_key.expand(shape), prefix_value.expand(shape), scale=scale, enable_gqa=grouped
+    )
+    return torch.addcmul(words, gate.to(words.dtype)[:, None, None], prefix)
+
+
+def _prepare_sdpa(backend: SDPBackend | None, problem: Problem, backward: bool) -> Prepared:
+    tensors = leaves(problem)
+    attn_mask, is_causal = sdpa_mask(problem)
+    arguments = tuple(problem.tensors.values())
+
+    def only() -> AbstractContextManager[None]:
+        return nullcontext() if backend is None else sdpa_kernel(backend)
+
+    def call() -> Tensor:
+        with only():
+            return two_calls(*arguments, attn_mask, is_causal, problem.case.scale)
+
+    return Prepared(call, tensors, problem.doutput)
+
+
+def _prepare_eager(problem: Problem, backward: bool) -> Prepared:
+    """Prefix and words in one matrix of scores, as LLaMA-Adapter's published model code computes it.
+
+    The two parts get a float32 softmax each, the prefix part its gate, and one product with the values follows.
+    """
+    tensors = leaves(problem)
+    attn_mask, is_causal = sdpa_mask(problem)
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    prefix_key, prefix_value, gate = tensors["prefix_key"], tensors["prefix_value"], tensors["gate"]
+    batch, slots, group = query.shape[0], prefix_key.shape[2], query.shape[1] // key.shape[1]
+    scale = problem.case.scale or query.shape[-1] ** -0.5
+    if is_causal:
+        attn_mask = reference.allowed_keys(query[:1, :1], key[:1, :1], True, None, None, None)
+    bias = None if attn_mask is None else torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+    if bias is not None and attn_mask is not None:
+        bias.masked_fill_(~attn_mask, -torch.inf)
+
+    def call() -> Tensor:
+        keys = torch.cat((prefix_key.expand(batch, -1, -1, -1), key), dim=2)
+        values = torch.cat((prefix_value.expand(batch, -1, -1, -1), value), dim=2)
+        if group > 1:
+            keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+        words = scores[..., slots:] if bias is None else scores[..., slots:] + bias
+        prefix_part = torch.softmax(scores[..., :slots], dim=-1, dtype=torch.float32)
+        parts = (gate[:, None, None] * prefix_part, torch.softmax(words, dim=-1, dtype=torch.float32))
+        return torch.matmul(torch.cat(parts, dim=-1).to(query.dtype), values)
+
+    return Prepared(call, tensors, problem.doutput)
+
+
+def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
+    """Compiled flex_attention twice: once over the words with a block mask, once over the prefix."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tensors, case = leaves(problem), problem.case
+    query, key, value, gate = tensors["query"], tensors["key"], tensors["value"], tensors["gate"]
+    batch, grouped = query.shape[0], query.shape[1] != key.shape[1]
+    ends = problem.arguments.get("key_end")
+    if not backward:  # its CPU kernel refuses inputs that require a gradient, even where none is recorded
+        query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
+    prefix_key, prefix_value = (
+        (tensor if backward else tensor.detach()).expand(batch, -1, -1, -1).contiguous()
+        for tensor in (tensors["prefix_key"], tensors["prefix_value"])
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+    if ends is not None:
+        block_mask = create_block_mask(
+            lambda b, h, q, k: k < ends[b], batch, None, case.seq_q, case.seq_k, device=query.device
+        )
+    elif case.is_causal and case.seq_q > 1:
+        block_mask = create_block_mask(
+            lambda b, h, q, k: q >= k, None, None, case.seq_q, case.seq_k, device=query.device
+        )
+
+    def call() -> Tensor:
+        words = compiled(query, key, value, block_mask=block_mask, scale=case.scale, enable_gqa=grouped)
+        prefix = compiled(query, prefix_key, prefix_value, scale=case.scale, enable_gqa=grouped)
+        return torch.addcmul(words, gate.to(words.dtype)[:, None, None], prefix)
+
+    return Prepared(call, tensors, problem.doutput)
+
+
+def prepare_ours(backend: str, problem: Problem, backward: bool) -> Prepared:
+    return Prepared(lambda: problem.forward(backend), leaves(problem), problem.doutput)
+
+
+def _prepare_ours_decode(backend: str, problem: Problem, backward: bool) -> Prepared:
+    tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in problem.tensors.values())
+    query, key_cache, value_cache, *prefix = tensors
+    lengths = problem.arguments.get("key_end")
+    call = partial(zero_gate_decode, query, key_cache, value_cache, lengths, *prefix, backend=backend)
+    return Prepared(call, leaves(problem), problem.doutput)
+
+
+def _sdpa_reason(backend: str, problem: Problem, backward: bool) -> str | None:
+    query = problem.tensors["query"]
+    assert query is not None
+    if query.device.type == "cpu" and backend == "flash":
+        return "on the CPU it is what two-sdpa runs anyway"
+    if query.device.type == "cpu" and backend in ("cudnn", "efficient"):
+        return f"scaled_dot_product_attention has no {backend} kernel for the CPU"
+    return None
+
+
+def _flex_reason(problem: Problem, backward: bool) -> str | None:
+    query = problem.tensors["query"]
+    assert query is not None
+    if backward and query.device.type == "cpu":
+        return "flex_attention has no backward on the CPU"
+    return None
+
+
+def _ours_reason(backend: str, problem: Problem, backward: bool) -> str | None:
+    query = problem.tensors["query"]
+    assert query is not None
+    return backends.unavailable_reason(backend, query.device) or backends.unsupported_reason(backend, query)
+
+
+def ours(prepare: Callable[[str, Problem, bool], Prepared]) -> list[Peer[Problem]]:
+    """Every backend of this package, with the prefix and without."""
+    return [
+        Peer(f"ours-{backend}{'' if prefix else '-p0'}", f"fused ({backend}{'' if prefix else ', no prefix'})",
+             partial(prepare, backend), prefix=prefix, ours=True, quick=backend != "reference",
+             reason=partial(_ours_reason, backend))
+        for backend in backends.BACKENDS for prefix in (True, False)
+    ]  # fmt: skip
+
+
+_SDPA: list[Peer[Problem]] = [
+    Peer("sdpa", "plain SDPA, no prefix", partial(_prepare_sdpa, None), prefix=False, quick=True),
+    Peer("two-sdpa", "two SDPA calls", partial(_prepare_sdpa, None), quick=True),
+    *(
+        Peer(f"two-sdpa-{name}", f"two SDPA calls ({name})", partial(_prepare_sdpa, backend),
+             reason=partial(_sdpa_reason, name))
+        for name, backend in SDPA_BACKENDS.items()
+    ),
+]  # fmt: skip
+_EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager)]
+
+ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
+             *ours(prepare_ours)]  # fmt: skip
+DECODE = [*_SDPA, *_EAGER, *ours(_prepare_ours_decode)]
+
+__all__ = ["ATTENTION", "DECODE", "leaves", "ours", "prepare_ours", "sdpa_mask", "two_calls"]

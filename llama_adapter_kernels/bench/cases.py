@@ -1,0 +1,192 @@
+"""The named cases: one table for the command, the pytest-benchmark files and the report.
+
+Sizes differ between CPU and GPU, so that one call takes milliseconds on either; every result states its own shape.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from llama_adapter_kernels import testing
+from llama_adapter_kernels.bench.lengths import alpaca_lengths
+
+Question = Literal["attention", "varlen", "decode", "module", "training"]
+Mode = Literal["forward", "forward+backward", "step"]
+PREFIX_LENGTH = 10  # the paper's
+
+MODES: dict[Question, tuple[Mode, ...]] = {
+    "attention": ("forward", "forward+backward"),
+    "varlen": ("forward", "forward+backward"),
+    "decode": ("forward",),
+    "module": ("forward", "forward+backward"),
+    "training": ("step",),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama model of `transformers` with random weights: one layer for module cases."""
+
+    hidden: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    layers: int
+    batch: int
+    sequence: int
+    vocabulary: int = 1024
+    cached: int = 0  # tokens already in the cache: the case is one new token, forward only
+    lengths: tuple[int, ...] | None = None  # of the sequences in a right-padded batch
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One row of the table; `problem` is what the input generator of the tests takes."""
+
+    name: str
+    title: str
+    question: Question
+    problem: testing.Case | None = None
+    model: ModelShape | None = None
+    key_lengths: tuple[int, ...] | None = None  # valid keys of each sequence
+    quick: bool = False
+    sweep: str | None = None  # the case belongs to a plot of time by sequence length
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        if self.model is not None and self.model.cached:
+            return ("forward",)
+        return MODES[self.question]
+
+    @property
+    def cold(self) -> bool:
+        """Caches are flushed before every call: a decode step finds its keys in memory, the weights came between."""
+        return self.question == "decode"
+
+    @property
+    def sequence(self) -> int:
+        if self.problem is not None:
+            return self.problem.seq_k
+        return self.model.sequence if self.model is not None else 0
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes by name, for the result file. Packed cases: batch sequences, the longest of `sequence` tokens."""
+        if self.problem is not None:
+            case, lengths = self.problem, self.problem.lengths
+            batch = len(lengths) if lengths is not None else case.batch
+            longest = max(pair[0] for pair in lengths) if lengths is not None else case.seq_k
+            sizes = {"batch": batch, "heads_q": case.heads_q, "heads_kv": case.heads_kv, "head_dim": case.head_dim,
+                     "sequence": longest, "queries": case.seq_q if lengths is None else longest}  # fmt: skip
+            return sizes | ({"tokens": sum(pair[0] for pair in lengths)} if lengths is not None else {})
+        assert self.model is not None
+        model = self.model
+        return {"batch": model.batch, "heads_q": model.heads_q, "heads_kv": model.heads_kv, "head_dim": model.head_dim,
+                "hidden": model.hidden, "layers": model.layers, "sequence": model.sequence + model.cached}  # fmt: skip
+
+
+def _attention(
+    name: str, title: str, batch: int, heads: tuple[int, int], head_dim: int, sequence: int, is_causal: bool = True,
+    key_lengths: tuple[int, ...] | None = None, quick: bool = True, sweep: str | None = None,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+) -> BenchCase:  # fmt: skip
+    problem = testing.Case(
+        batch=batch, heads_q=heads[0], heads_kv=heads[1], seq_q=sequence, seq_k=sequence, head_dim=head_dim,
+        prefix_length=PREFIX_LENGTH, is_causal=is_causal, layout="bshd",
+    )  # fmt: skip
+    return BenchCase(name, title, "attention", problem, None, key_lengths, quick, sweep, dtypes)
+
+
+def _packed(name: str, title: str, count: int, heads: tuple[int, int], head_dim: int, quick: bool) -> BenchCase:
+    lengths = alpaca_lengths(count)
+    problem = testing.Case(
+        heads_q=heads[0], heads_kv=heads[1], head_dim=head_dim, prefix_length=PREFIX_LENGTH, is_causal=True,
+        lengths=tuple((length, length) for length in lengths),
+    )  # fmt: skip
+    return BenchCase(name, title, "varlen", problem, quick=quick)
+
+
+def _decode(
+    name: str, title: str, heads: tuple[int, int], head_dim: int, lengths: tuple[int, ...], quick: bool
+) -> BenchCase:
+    problem = testing.Case(
+        batch=len(lengths), heads_q=heads[0], heads_kv=heads[1], seq_q=1, seq_k=max(lengths), head_dim=head_dim,
+        prefix_length=PREFIX_LENGTH, is_causal=True,
+    )  # fmt: skip
+    ragged = lengths if min(lengths) < max(lengths) else None
+    return BenchCase(name, title, "decode", problem, None, ragged, quick)
+
+
+def cases(device_type: str) -> dict[str, BenchCase]:
+    """The table for "cpu" or "cuda", by name."""
+    gpu = device_type == "cuda"
+    sequence, batch = (2048, 8) if gpu else (512, 1)
+    roberta = (512, 384, 256, 128) * 8 if gpu else (512, 256)
+    one_b = ModelShape(hidden=2048, heads_q=32, heads_kv=8, head_dim=64, layers=1, batch=batch, sequence=sequence)
+    training_lengths = alpaca_lengths(32 if gpu else 4, seed=1)
+    small = ModelShape(
+        hidden=4096 if gpu else 512, heads_q=32 if gpu else 8, heads_kv=32 if gpu else 8, head_dim=128 if gpu else 64,
+        layers=4, batch=len(training_lengths), sequence=max(training_lengths), lengths=training_lengths,
+    )  # fmt: skip
+    seven = f"LLaMA-7B, {sequence} tokens"
+    table = [
+        _attention("llama-7b", seven, batch, (32, 32), 128, sequence, sweep="LLaMA-7B"),
+        _attention("llama-3-8b", f"LLaMA-3-8B, {sequence} tokens", batch, (32, 8), 128, sequence, quick=False),
+        _attention("llama-1b", f"Llama-3.2-1B, {sequence} tokens", batch, (32, 8), 64, sequence),
+        _attention("vit-l-16", "ViT-L/16, 577 tokens, full", 16 if gpu else 1, (16, 16), 64, 577, is_causal=False),
+        _attention(
+            "roberta-large",
+            "RoBERTa-large, 512 tokens, padded",
+            len(roberta),
+            (16, 16),
+            64,
+            512,
+            is_causal=False,
+            key_lengths=roberta,
+        ),
+        _packed("alpaca-7b", "Alpaca packed, LLaMA-7B", 128 if gpu else 16, (32, 32), 128, quick=True),
+        _packed("alpaca-1b", "Alpaca packed, Llama-3.2-1B", 128 if gpu else 16, (32, 8), 64, quick=False),
+        _decode("decode-7b", "LLaMA-7B, 2048 cached", (32, 32), 128, (2048,), quick=True),
+        _decode("decode-8b", "LLaMA-3-8B, 8192 cached", (32, 8), 128, (8192,), quick=False),
+        _decode("decode-8b-batch", "LLaMA-3-8B, 8 sequences", (32, 8), 128, tuple(range(128, 1025, 128)), quick=True),
+        BenchCase("module-1b", f"Llama-3.2-1B attention module, {sequence} tokens", "module", model=one_b, quick=True),
+        BenchCase(
+            "module-1b-token",
+            "Llama-3.2-1B attention module, one token",
+            "module",
+            model=replace(one_b, sequence=1, batch=1, cached=512),
+            quick=True,
+        ),
+        BenchCase(
+            "training",
+            "Training step, small Llama, Alpaca lengths",
+            "training",
+            model=small,
+            quick=True,
+            dtypes=("bfloat16",) if gpu else ("float32", "bfloat16"),
+        ),
+    ]
+    for length in (512, 1024, 4096, 8192, 16384) if gpu else (128, 256, 1024, 2048):
+        sweep_batch = max(1, 16384 // length) if gpu else 1
+        table.append(
+            _attention(
+                f"llama-7b-{length}", f"LLaMA-7B, {length} tokens", sweep_batch, (32, 32), 128, length, quick=False,
+                sweep="LLaMA-7B", dtypes=("bfloat16",) if gpu else ("float32",),
+            )
+        )  # fmt: skip
+    if gpu:  # half precision is what GPUs are for
+        table = [replace(case, dtypes=("bfloat16",)) for case in table]
+    return {case.name: case for case in table}
+
+
+def select(device_type: str, names: list[str] | None = None, quick: bool = False) -> list[BenchCase]:
+    """The cases asked for, in the table's order.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    table = cases(device_type)
+    for name in names or ():
+        if name not in table:
+            raise ValueError(f"case: expected one of {', '.join(table)}; got {name!r}")
+    return [case for case in table.values() if (case.name in names if names else case.quick or not quick)]

@@ -1,0 +1,26 @@
+"""What the machine can do at most, measured in the same run: the lines that a roofline is made of."""
+
+import torch
+
+from llama_adapter_kernels.bench.measure import Budget, CpuClock, CudaClock, race
+
+_BUDGET = Budget(seconds=1.5, least_rounds=5, most_rounds=30)
+
+
+def measure(device: torch.device, dtypes: tuple[str, ...], clock: CpuClock | CudaClock) -> dict[str, float]:
+    """{"gemm_<dtype>": FLOP/s, "copy": bytes/s (read and written), "read": bytes/s}; the best round of each counts."""
+    gpu = device.type == "cuda"
+    size, memory = (8192, 1 << 30) if gpu else (2048, 256 << 20)
+    calls = {}
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        result = torch.empty(size, size, dtype=dtype, device=device)
+        calls[f"gemm_{name}"] = lambda a=left, b=right, c=result: torch.mm(a, b, out=c)
+    source = torch.ones(memory // 4, device=device)
+    target = torch.empty_like(source)
+    calls["copy"] = lambda: target.copy_(source)
+    calls["read"] = source.sum
+    best = {name: timing.least for name, timing in race(calls, clock, _BUDGET).items()}
+    amount = {"copy": 2.0 * memory, "read": float(memory)}
+    return {name: amount.get(name, 2.0 * size**3) / seconds for name, seconds in best.items()}

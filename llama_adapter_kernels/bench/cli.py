@@ -1,0 +1,210 @@
+"""The commands `bench`, `bench-report` and `bench-check`."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_adapter_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama_adapter_kernels.bench.results import Results
+    from llama_adapter_kernels.bench.runner import Plan
+
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")]
+Peers = Annotated[list[str] | None, typer.Option("--peer", help="Only this contestant; may be repeated.")]
+Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="Only this dtype; may be repeated.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+_DTYPES = ("float32", "bfloat16")
+
+
+def bench(
+    case: Cases = None,
+    peer: Peers = None,
+    dtype: Dtypes = None,
+    device: Device = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases, contestants and rounds.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Result file, or a folder for bench-<device>[-quick].json.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what the result file has, run the rest.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Start no race after so many minutes.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List cases and contestants, run nothing.")] = False,
+) -> None:
+    """Time attention with an adapter against what one would write without this package."""
+    from rich.console import Console
+
+    from llama_adapter_kernels.bench import results, runner, tables
+    from llama_adapter_kernels.bench.measure import FULL, QUICK
+
+    place = _device(device)
+    if show:
+        _list(place)
+        return
+    plans = _plans(place, case, peer, dtype, quick)
+    path = _result_path(output, place, quick)
+    budget, clock = (QUICK if quick else FULL), runner.clock_for(place)
+    found = runner.start(place, budget, _DTYPES, clock)
+    if path is not None and path.exists() and not resume:
+        raise UserError(f"--output {path}: exists; --resume goes on with it, another name keeps it")
+    if path is not None and path.exists():
+        try:
+            earlier = results.load(path)
+            results.merge([earlier, found], [str(path), "this run"])
+        except results.ResultError as error:
+            raise UserError(str(error)) from error
+        done = set(earlier.races())
+        plans = [item for item in plans if (item.case.name, item.mode, item.dtype) not in done]
+        found = earlier
+    _run(plans, place, found, path, budget, clock, peer, quick, minutes)
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(tables.terminal_table(found))
+    for line in tables.not_timed(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if path is not None:
+        typer.echo(f"written: {path}")
+    if any(entry.status == "wrong" for entry in found.measurements):
+        raise typer.Exit(1)
+
+
+def bench_report(
+    files: Annotated[list[Path], typer.Argument(help="Result files of `llama-adapter bench`, of one machine.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the plots.")] = Path("bench-report"),
+    readme: Annotated[Path | None, typer.Option(help="Put the table between the markers of this file.")] = None,
+) -> None:
+    """Write an HTML page with plots, and the Markdown table."""
+    from llama_adapter_kernels.bench import report, results, tables
+
+    try:
+        merged = results.merge([results.load(path) for path in files], [str(path) for path in files])
+    except results.ResultError as error:
+        raise UserError(str(error)) from error
+    if not any(entry.median is not None for entry in merged.measurements):
+        raise UserError("no contestant of these files was timed, there is nothing to report")
+    for path in report.write(merged, output):
+        typer.echo(f"written: {path}")
+    if readme is not None:
+        names = [path.resolve().relative_to(readme.resolve().parent).as_posix() for path in files]
+        try:
+            text = tables.insert_in_readme(readme.read_text(), tables.readme_table(merged), names)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        readme.write_text(text)
+        typer.echo(f"written: {readme}")
+
+
+def bench_check(
+    bars: Annotated[Path, typer.Option(help="Recorded speed-ups.")] = Path("benchmarks/bars.json"),
+    device: Device = "auto",
+    record: Annotated[bool, typer.Option("--record", help="Write the bars of this machine instead.")] = False,
+    attempts: Annotated[int, typer.Option(min=1, help="Runs of a race below its bar; the best counts.")] = 3,
+) -> None:
+    """Fail when a speed-up over two SDPA calls fell more than 15% below its recorded bar."""
+    from llama_adapter_kernels.bench import analysis, regression, results, runner
+    from llama_adapter_kernels.bench.measure import QUICK
+
+    place = _device(device)
+    clock = runner.clock_for(place)
+    found = runner.start(place, QUICK, _DTYPES, clock)
+    name = regression.processor(found)
+    try:
+        wanted = {} if record else regression.load_bars(bars, name)
+    except results.ResultError as error:
+        raise UserError(str(error)) from error
+    plans = _plans(place, None, None, None, quick=True)
+    if not record:
+        plans = [item for item in plans if item.name in wanted]
+    ratios: dict[str, float] = {}
+    for attempt in range(attempts):
+        if attempt and not record:
+            plans = [
+                item for item in plans if not regression.Verdict(item.name, wanted[item.name], ratios.get(item.name)).ok
+            ]
+        found.measurements.clear()
+        _run(plans, place, found, None, QUICK, clock, None, True, None)
+        for race, ratio in analysis.speedups(found).items():
+            # A bar is what the machine reaches in its worst run of several, a check counts the best one.
+            best = min if record else max
+            ratios[race] = best(ratio, ratios.get(race, ratio))
+        if not plans:
+            break
+    if record:
+        regression.record_bars(bars, name, ratios)
+        typer.echo(f"written: {bars} ({len(ratios)} races on {name})")
+        return
+    verdicts = regression.judge(wanted, ratios)
+    for verdict in verdicts:
+        typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}")
+    if not all(verdict.ok for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _plans(
+    place: "torch.device", case: list[str] | None, peer: list[str] | None, dtype: list[str] | None, quick: bool
+) -> "list[Plan]":
+    from llama_adapter_kernels.bench import cases, runner
+
+    for name in dtype or ():
+        if name not in _DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}; got {name!r}")
+    try:
+        chosen = cases.select(place.type, case, quick)
+        runner.check_peers(peer, place)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return runner.plan(chosen, place, dtype)
+
+
+def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Path | None:
+    if output is None or output.suffix == ".json":
+        return output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: expected a folder or a name that ends in .json")
+    return output / f"bench-{place.type}{'-quick' if quick else ''}.json"
+
+
+def _run(plans: "list[Plan]", place: "torch.device", found: "Results", path: Path | None, budget, clock,
+         peers: list[str] | None, quick: bool, minutes: float | None) -> None:  # fmt: skip
+    """Runs the races with a progress bar; the file is written after each one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from llama_adapter_kernels.bench import runner
+
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(plans))
+        for item in plans:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+            progress.update(task, description=item.name)
+            for entries in runner.run([item], place, budget, clock, peers, quick):
+                found.measurements += entries
+            if path is not None:
+                found.save(path)
+            progress.advance(task)
+
+
+def _list(place: "torch.device") -> None:
+    from llama_adapter_kernels.bench import cases, runner
+
+    typer.echo(f"Cases on {place.type} (* also in --quick):")
+    for case in cases.cases(place.type).values():
+        typer.echo(f"  {case.name:<20} {'*' if case.quick else ' '} {case.title} ({', '.join(case.dtypes)})")
+    typer.echo("Contestants:")
+    for name, label in runner.known_peers(place).items():
+        typer.echo(f"  {name:<20}   {label}")

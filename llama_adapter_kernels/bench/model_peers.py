@@ -1,0 +1,190 @@
+"""Contestants for an attention module and for a training step of a small Llama: plain, two SDPA calls, PEFT, ours."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels import backends, zero_gate_attention, zero_gate_attention_varlen
+from llama_adapter_kernels.bench.attention_peers import two_calls
+from llama_adapter_kernels.bench.model_problem import IGNORED, ModelProblem, OneTokenCache, build_model
+from llama_adapter_kernels.bench.peer import Peer, Prepared
+
+# (query, key, value, prefix_key, prefix_value, gate [Hq], attn_mask, is_causal, scale, kwargs of the model) -> output
+Attention = Callable[..., Tensor]
+
+
+class Prompt(torch.nn.Module):
+    """Prompt and gate of one layer. Its keys and values are computed once where no gradient is recorded."""
+
+    def __init__(self, prompt: Tensor, gate: Tensor) -> None:
+        super().__init__()
+        self.prompt, self.gate = torch.nn.Parameter(prompt.clone()), torch.nn.Parameter(gate.clone())
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def keys_and_values(self, module: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            return self._project(module)
+        if self._kept is None:
+            self._kept = self._project(module)
+        return self._kept
+
+    def _project(self, module: Any) -> tuple[Tensor, Tensor]:
+        shape = (1, self.prompt.shape[0], -1, module.head_dim)
+        key, value = (projection(self.prompt).view(shape) for projection in (module.k_proj, module.v_proj))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _hook(attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+          scaling: float, **more: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface around one form of the operation."""
+    adapter: Prompt = module.bench_prompt
+    prefix_key, prefix_value = adapter.keys_and_values(module)
+    gate = adapter.gate.expand(query.shape[1])
+    is_causal = attention_mask is None and query.shape[2] > 1
+    output = attention(query, key, value, prefix_key, prefix_value, gate, attention_mask, is_causal, scaling, more)
+    return output.transpose(1, 2), None
+
+
+@cache
+def register(name: str, attention: Attention) -> str:
+    """Registers an attention function with transformers, masks as for SDPA; returns its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, partial(_hook, attention))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def two_sdpa(*arguments: Any) -> Tensor:
+    *tensors, scale, _ = arguments
+    return two_calls(*tensors, scale)
+
+
+@cache
+def ours(backend: str) -> Attention:
+    def attention(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor,
+                  attn_mask: Tensor | None, is_causal: bool, scale: float, more: dict[str, Any]) -> Tensor:  # fmt: skip
+        if more.get("cu_seq_lens_q") is None:
+            return zero_gate_attention(query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal,
+                                       scale=scale, attn_mask=attn_mask, backend=backend)  # fmt: skip
+        packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output = zero_gate_attention_varlen(
+            *packed, prefix_key, prefix_value, gate, cu_seqlens_q=more["cu_seq_lens_q"],
+            cu_seqlens_k=more["cu_seq_lens_k"], max_seqlen_q=more["max_length_q"], max_seqlen_k=more["max_length_k"],
+            is_causal=True, scale=scale, backend=backend,
+        )  # fmt: skip
+        return output.transpose(0, 1)[None]
+
+    return attention
+
+
+def attach(model: Any, problem: ModelProblem) -> dict[str, Tensor]:
+    """Gives every layer its prompt; returns the trainable tensors."""
+    leaves: dict[str, Tensor] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.bench_prompt = Prompt(problem.prompts[number], problem.gates[number])
+        leaves[f"prompt.{number}"], leaves[f"gate.{number}"] = layer.self_attn.bench_prompt.parameters()
+    return leaves
+
+
+def _prepare_plain(problem: ModelProblem, backward: bool) -> Prepared:
+    return finish(build_model(problem, "sdpa"), problem, {})
+
+
+def _prepare_hook(name: str, attention: Attention, packed: bool, problem: ModelProblem, backward: bool) -> Prepared:
+    model = build_model(problem, register(f"bench-{name}", attention))
+    return finish(model, problem, attach(model, problem), packed)
+
+
+def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
+    """PEFT's AdaptionPrompt, the module that users of Hugging Face models have today."""
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    model = build_model(problem, "sdpa")
+    length, layers = problem.prompts.shape[1], problem.shape.layers
+    config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).base_model.model
+    leaves = {}
+    for number, layer in enumerate(model.model.layers):
+        module = layer.self_attn
+        with torch.no_grad():
+            module.adaption_prompt.copy_(problem.prompts[number][None])
+            module.adaption_gate.copy_(problem.gates[number])
+        leaves |= {f"prompt.{number}": module.adaption_prompt, f"gate.{number}": module.adaption_gate}
+    return finish(model, problem, leaves)
+
+
+def finish(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], packed: bool = False) -> Prepared:
+    """The call on a model that is set up: its first attention module, or the loss of the whole model."""
+    if problem.mode != "step":
+        return _finish_module(model, problem, leaves)
+    # Right padding needs no mask: what comes after a token does not reach it, and padding has no label.
+    batch: dict[str, Any] = _pack(problem) if packed else {"input_ids": problem.tokens}
+    labels = _shifted(problem)
+    if packed:
+        labels = torch.cat([row[:length] for row, length in zip(labels, problem.shape.lengths or (), strict=True)])
+    labels = labels.flatten()
+    if not leaves:  # nothing to train: the gradient goes down to the embeddings, as through an adapter in every layer
+        leaves = {"hidden": model.model.embed_tokens(batch.pop("input_ids")).detach().requires_grad_()}
+        batch["inputs_embeds"] = leaves["hidden"]
+    count = (labels != IGNORED).sum()
+
+    def loss() -> Tensor:
+        logits = model(**batch).logits.flatten(0, 1).float()
+        summed = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return summed / count
+
+    return Prepared(loss, leaves, None)
+
+
+def _finish_module(model: Any, problem: ModelProblem, leaves: dict[str, Tensor]) -> Prepared:
+    shape, module = problem.shape, model.model.layers[0].self_attn
+    hidden = problem.hidden.detach().clone().requires_grad_(problem.doutput is not None)
+    positions = torch.arange(shape.cached, shape.cached + shape.sequence, device=problem.device)[None]
+    arguments = {"position_embeddings": model.model.rotary_emb(hidden, positions), "attention_mask": None}
+    if problem.cache is not None:
+        arguments["past_key_values"] = OneTokenCache(problem.cache)
+
+    def call() -> Tensor:
+        output: Tensor = module(hidden_states=hidden, **arguments)[0]
+        return output
+
+    return Prepared(call, {"hidden": hidden} | leaves, problem.doutput)
+
+
+def _shifted(problem: ModelProblem) -> Tensor:
+    """The label of a token is the next token; a sequence's last one has none."""
+    return torch.nn.functional.pad(problem.labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _pack(problem: ModelProblem) -> dict[str, Any]:
+    """The batch as one row without padding, as `llama-adapter finetune` feeds it."""
+    lengths = problem.shape.lengths or ()
+    offsets = torch.tensor([0, *lengths], device=problem.device).cumsum(0).to(torch.int32)
+    rows = [row[:length] for row, length in zip(problem.tokens, lengths, strict=True)]
+    positions = [torch.arange(length, device=problem.device) for length in lengths]
+    return {"input_ids": torch.cat(rows)[None], "position_ids": torch.cat(positions)[None], "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets, "max_length_q": max(lengths), "max_length_k": max(lengths)}  # fmt: skip
+
+
+def _ours_reason(backend: str, packed: bool, problem: ModelProblem, backward: bool) -> str | None:
+    if packed and problem.mode != "step":
+        return "packs sequences of different lengths; this case has none"
+    return backends.unavailable_reason(backend, problem.device)
+
+
+MODEL: list[Peer[ModelProblem]] = [
+    Peer("sdpa", "no adapter, plain SDPA", _prepare_plain, prefix=False, quick=True),
+    Peer("two-sdpa", "two SDPA calls", partial(_prepare_hook, "two-sdpa", two_sdpa, False), quick=True),
+    Peer("peft", "PEFT AdaptionPrompt", _prepare_peft, quick=True),
+    *(
+        Peer(f"ours-{backend}{'-packed' if packed else ''}", f"fused ({backend}{', packed' if packed else ''})",
+             partial(_prepare_hook, f"ours-{backend}", ours(backend), packed), ours=True, quick=backend != "reference",
+             reason=partial(_ours_reason, backend, packed))
+        for packed in (False, True) for backend in backends.BACKENDS if not (packed and backend == "reference")
+    ),
+]  # fmt: skip

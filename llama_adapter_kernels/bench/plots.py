@@ -1,0 +1,194 @@
+"""The report's plots, as matplotlib figures."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llama_adapter_kernels.bench import analysis
+from llama_adapter_kernels.bench.results import Measurement, Results
+
+FUSED, TWO, EAGER, PLAIN, OTHER = "#0b6e4f", "#d1812c", "#8c6bb1", "#5b6770", "#b0b7bd"
+_FONT = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lak"}
+_LABELS = {"forward": "Forward", "forward+backward": "Forward + backward", "step": "Training step"}
+_MARKERS = {"attention": "o", "varlen": "s", "decode": "^", "module": "D", "training": "P"}
+
+
+def all_plots(results: Results) -> dict[str, Figure]:
+    """{file name without ending: figure}, without those that the results have nothing for."""
+    import matplotlib
+
+    makers = {"speedup": speedup, "length": time_by_length, "roofline": roofline, "memory": memory}
+    with matplotlib.rc_context(_FONT):
+        figures = {name: make(results) for name, make in makers.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _kind(entry: Measurement) -> tuple[str, str]:
+    """(colour, label) of a contestant."""
+    if entry.ours and entry.prefix_length and "reference" not in entry.peer:
+        return FUSED, "fused"
+    if entry.peer.startswith("two-"):
+        return TWO, "two SDPA calls"
+    if entry.peer in ("eager", "eager-512", "peft"):
+        return EAGER, "eager / PEFT"
+    if entry.peer in ("sdpa", "sdpa-loop"):
+        return PLAIN, "plain SDPA, no adapter"
+    return OTHER, entry.label
+
+
+def _rows(results: Results) -> list[tuple[str, str, analysis.Race]]:
+    """(label, mode, race) of the races outside of the sweeps."""
+    found = []
+    for (name, mode, dtype), race in results.races().items():
+        first = next(iter(race.values()))
+        if first.sweep is None or name == "llama-7b":
+            found.append((f"{first.title}, {dtype}", mode, race))
+    return found
+
+
+def _bars(axes: Axes, labels: list[str], series: dict[str, tuple[str, list[float | None]]], text: Any) -> None:
+    """Horizontal bars, one group per label from top to bottom, one bar per series, each with its value."""
+    height = 0.8 / len(series)
+    for number, (name, (colour, values)) in enumerate(series.items()):
+        places = [index + (number - (len(series) - 1) / 2) * height for index in range(len(labels))]
+        axes.barh(places, [value or 0 for value in values], height * 0.92, color=colour, label=name)
+        for place, value in zip(places, values, strict=True):
+            if value is not None:
+                axes.annotate(text(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _panels(rows: list[tuple[str, str, analysis.Race]], bars: int) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """One panel per mode, one below the other, as high as it has rows."""
+    modes = [mode for mode in _LABELS if any(row[1] == mode for row in rows)]
+    counts = [sum(row[1] == mode for row in rows) for mode in modes]
+    figure = Figure(figsize=(10, 0.16 * (bars + 0.8) * sum(counts) + 0.9 * len(modes) + 0.4), layout="constrained")
+    axes = figure.subplots(len(modes), 1, height_ratios=[count + 0.5 for count in counts], squeeze=False)[:, 0]
+    return figure, list(zip(modes, axes, strict=True))
+
+
+def speedup(results: Results) -> Figure | None:
+    """How many times faster than two SDPA calls, by shape."""
+    rows = [row for row in _rows(results) if analysis.two_sdpa(row[2]) and analysis.fused(row[2])]
+    if not rows:
+        return None
+    figure, panels = _panels(rows, 3)
+    contestants = {"fused": (FUSED, analysis.fused), "eager / PEFT": (EAGER, analysis.eager),
+                   "plain SDPA, no adapter": (PLAIN, analysis.plain_sdpa)}  # fmt: skip
+    for mode, axes in panels:
+        chosen = [row for row in rows if row[1] == mode]
+        series = {
+            name: (colour, [analysis.speedup(analysis.two_sdpa(race), pick(race)) for _, _, race in chosen])
+            for name, (colour, pick) in contestants.items()
+        }
+        _bars(axes, [label for label, _, _ in chosen], series, lambda value: f"{value:.2f}x")
+        axes.axvline(1, color=TWO, linewidth=1.5, label="two SDPA calls = 1")
+        axes.margins(x=0.08)
+        axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
+        axes.set_xlabel("speed-up over two SDPA calls (times, more is better)")
+    panels[0][1].legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def time_by_length(results: Results) -> Figure | None:
+    """Time over sequence length, both axes logarithmic; one panel per mode."""
+    sweeps = [entry for entry in results.measurements if entry.sweep is not None and entry.median is not None]
+    lengths = {(entry.mode, entry.dtype): set[int]() for entry in sweeps}
+    for entry in sweeps:
+        lengths[entry.mode, entry.dtype].add(entry.shape["sequence"])
+    panels = [key for key, values in lengths.items() if len(values) >= 3]
+    if not panels:
+        return None
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    for axes, (mode, dtype) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        chosen = [entry for entry in sweeps if (entry.mode, entry.dtype) == (mode, dtype)]
+        drawn: dict[str, list[Measurement]] = {}
+        for entry in chosen:
+            drawn.setdefault(entry.peer, []).append(entry)
+        for entries in drawn.values():
+            entries.sort(key=lambda entry: entry.shape["sequence"])
+            if len(entries) < 3:
+                continue
+            colour, _ = _kind(entries[0])
+            times = [1e3 * (entry.median or 0) / entry.shape["batch"] for entry in entries]
+            axes.plot([entry.shape["sequence"] for entry in entries], times, color=colour, label=entries[0].label,
+                      marker="o", markersize=4, linestyle="--" if not entries[0].prefix_length else "-")  # fmt: skip
+        ticks = sorted(lengths[mode, dtype])
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("sequence length (tokens)")
+        axes.set_ylabel("time per sequence (ms)")
+        axes.set_title(f"{chosen[0].sweep}, {_LABELS[mode].lower()}, {dtype}", loc="left", fontweight="bold")
+        axes.grid(which="both", alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def roofline(results: Results) -> Figure | None:
+    """Work per second over work per byte, under the ceilings measured in the same run."""
+    memory_ceiling = analysis.memory_ceiling(results.ceilings)
+    points = [
+        entry for _, _, race in _rows(results) for entry in (analysis.fused(race), analysis.two_sdpa(race)) if entry
+    ]
+    if not points or memory_ceiling is None:
+        return None
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry.dtype == dtype for entry in points)]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    columns = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    for axes, dtype in zip(columns, dtypes, strict=True):
+        chosen = [entry for entry in points if entry.dtype == dtype]
+        gemm = results.ceilings[f"gemm_{dtype}"]
+        intensities = [entry.flop / entry.bytes for entry in chosen]
+        low, high = min(intensities) / 2, max(*intensities, gemm / memory_ceiling) * 2
+        corner = gemm / memory_ceiling
+        axes.plot([low, corner, high], [low * memory_ceiling / 1e9, gemm / 1e9, gemm / 1e9], color="black", linewidth=1)
+        axes.annotate(f"matrix product {gemm / 1e9:.0f} GFLOP/s", (high, gemm / 1e9), (0, 4), ha="right",
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+        axes.annotate(f"memory {memory_ceiling / 1e9:.1f} GB/s", (low, low * memory_ceiling / 1e9), (0, 14),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+        seen: set[tuple[str, str]] = set()
+        for entry, intensity in zip(chosen, intensities, strict=True):
+            colour, name = _kind(entry)
+            label = f"{name}, {entry.question}"
+            axes.scatter(intensity, analysis.rates(entry, results.ceilings).flops / 1e9, 34, colour, alpha=0.85,
+                         marker=_MARKERS[entry.question], linewidths=0,
+                         label=None if (name, entry.question) in seen else label)  # fmt: skip
+            seen.add((name, entry.question))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("work per memory traffic (FLOP / byte)")
+        axes.set_title(dtype, loc="left", fontweight="bold")
+        axes.grid(which="both", alpha=0.2)
+    columns[0].set_ylabel("GFLOP/s")
+    handles, labels = columns[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def memory(results: Results) -> Figure | None:
+    """Peak memory of one call on top of its inputs."""
+    rows = [row for row in _rows(results) if any(entry.peak_memory is not None for entry in row[2].values())]
+    if not rows:
+        return None
+    figure, panels = _panels(rows, 3)
+    contestants = {"fused": (FUSED, analysis.fused), "two SDPA calls": (TWO, analysis.two_sdpa),
+                   "eager / PEFT": (EAGER, analysis.eager)}  # fmt: skip
+    for mode, axes in panels:
+        chosen = [row for row in rows if row[1] == mode]
+        series: dict[str, tuple[str, list[float | None]]] = {}
+        for name, (colour, pick) in contestants.items():
+            found = [pick(race) for _, _, race in chosen]
+            peaks = [entry.peak_memory if entry is not None else None for entry in found]
+            series[name] = (colour, [None if peak is None else max(peak / 2**20, 0.01) for peak in peaks])
+        _bars(axes, [label for label, _, _ in chosen], series, lambda value: f"{value:.3g} MiB")
+        axes.set_xscale("log")
+        axes.margins(x=0.1)
+        axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
+        axes.set_xlabel("peak memory on top of the inputs (MiB, less is better)")
+    panels[0][1].legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=3, frameon=False, fontsize=9)
+    return figure
