@@ -49,6 +49,7 @@ def load_model_and_tokenizer(name: str, dtype: Any) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:  # missing files, unknown architecture, broken configuration
         raise UserError(f"--model {name}: {str(error).strip().partition(chr(10))[0]}") from error
+    tokenizer.model_max_length = int(1e30)  # lengths are checked here, with better words than the tokenizer's warning
     return model, tokenizer
 
 
