@@ -139,7 +139,8 @@ def split_kernel(
 def load_row_gates(gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head):
     """As load_gate, for a vector of heads."""
     pointers = gate + entry.to(tl.int64) * gate_stride_prefix + head.to(tl.int64) * gate_stride_head
-    values = tl.load(pointers, mask=row_valid & (slots > 0), other=0.0).to(tl.float32)
+    # Not `row_valid & (slots > 0)`: the interpreter of Triton 3.9 takes no mask made of a vector and a scalar.
+    values = tl.load(pointers, mask=row_valid.to(tl.int32) * slots > 0, other=0.0).to(tl.float32)
     return tl.where(bad, float("nan"), values)
 
 
