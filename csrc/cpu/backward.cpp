@@ -55,12 +55,13 @@ struct PrefixSums {
 template <class T>
 struct BackwardScratch {
   using C = Compute<T>;
-  C *query_t, *doutput_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *logsumexp_rest, *delta;
+  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *logsumexp_rest, *delta;
 
   BackwardScratch(Scratch& s, const ZeroGateParams& p, const Partition& part) {
     const int64_t rows = part.padded_queries * part.padded_depth, keys_rows = part.words ? part.keys_per_split : 0;
     query_t = s.take<C>(part.padded_queries * p.head_dim);
     doutput_t = s.take<C>(part.padded_queries * p.head_dim);
+    output_t = s.take<C>(kBlockQueries * p.head_dim);
     query = s.take<C>(rows);
     doutput = s.take<C>(rows);
     dquery = s.take<C>(part.key_splits == 1 && p.dquery.data ? rows : 0);
@@ -174,15 +175,20 @@ class BackwardTask {
       s.logsumexp_rest[i] = static_cast<C>(in_base_2 - static_cast<double>(static_cast<C>(in_base_2)));
       s.delta[i] = 0;
     }
-    for (int64_t i = 0; part.words && i < seq.queries; ++i) {
-      const T* out = row_pointer<const T>(p.output, batch, head, seq.first_query + i);
-      const C* gradient = doutput_rows.data + i * doutput_rows.stride;
+    for (int64_t i = 0; part.words && i < blocks; ++i) dot_with_output(head, i * kBlockQueries);
+  }
+
+  // delta = rowsum(dO O). Summed in the order in which dP = dO V^T is: where a query sees few keys, dP - D_w cancels, and
+  // so do then the rounding errors of both.
+  void dot_with_output(int64_t head, int64_t first) {
+    transpose(row_pointer<const T>(p.output, batch, head, seq.first_query + first), p.output.stride_row,
+              smaller(kBlockQueries, seq.queries - first), kBlockQueries, depth, C(1), s.output_t, kBlockQueries);
+    for (int64_t m = 0; m < kBlockQueries; m += kLane) {
       Vec<C> sum{};
-      int64_t d = 0;
-      for (; d + kLane <= depth; d += kLane) sum += load(gradient + d) * load_wide(out + d);
-      C total = horizontal_sum<C>(sum);
-      for (; d < depth; ++d) total += gradient[d] * static_cast<C>(widen(out[d]));
-      s.delta[i] = total;
+      for (int64_t d = 0; d < depth; ++d) {
+        sum += load(s.output_t + d * kBlockQueries + m) * load(s.doutput_t + first * depth + d * kBlockQueries + m);
+      }
+      store(s.delta + first + m, sum);
     }
   }
 
