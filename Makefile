@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 
-.PHONY: help install demo test bench lint wheel clean
+.PHONY: help install demo test bench bench-check lint wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
 	@echo "make demo      fine-tune an adapter on a small model, answers before and after (minutes, no download of models)"
 	@echo "make test      every test that can run on this machine"
+	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
+	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make lint      ruff and mypy"
 	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
 
@@ -20,7 +22,7 @@ $(VENV)/environment.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel
 	$(PIP) torch numpy
-	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece peft timm typer rich matplotlib jinja2 \
+	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2 \
 	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy
 	touch $@
 
@@ -32,6 +34,13 @@ install: $(VENV)/package.stamp
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: install
+	$(BIN)/llama-adapter bench --minutes 9 --output bench-output/bench-$(shell date +%Y%m%d-%H%M%S).json
+	$(BIN)/llama-adapter bench-report $$(ls -t bench-output/*.json | head -1) --output bench-output/report
+
+bench-check: install
+	$(BIN)/llama-adapter bench-check --bars benchmarks/bars.json
 
 lint: $(VENV)/environment.stamp
 	$(BIN)/ruff check .

@@ -15,6 +15,9 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     """Builds the op libraries into the package directory (in place for an editable install)."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"  # no Python version in the name: it does not depend on one
+
     def build_extension(self, ext: Extension) -> None:
         try:
             from torch.utils.cpp_extension import include_paths

@@ -118,7 +118,9 @@ std::string cpu_instruction_set() { return cpu::isa_name(cpu::selected_isa()); }
 std::string cpu_instruction_sets() {
   std::string names;
   for (auto isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16}) {
-    if (cpu::isa_supported(isa)) names += (names.empty() ? "" : " ") + std::string(cpu::isa_name(isa));
+    if (!cpu::isa_supported(isa)) continue;
+    if (!names.empty()) names += ' ';
+    names += cpu::isa_name(isa);
   }
   return names;
 }

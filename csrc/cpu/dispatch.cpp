@@ -63,7 +63,8 @@ Isa selected_isa() {
     if (!isa_supported(isa)) continue;
     best = isa;
     if (wanted != nullptr && std::string(wanted) == isa_name(isa)) return isa;
-    usable += std::string(usable.empty() ? "" : ", ") + isa_name(isa);
+    if (!usable.empty()) usable += ", ";
+    usable += isa_name(isa);
   }
   if (wanted != nullptr && *wanted != '\0') {
     throw std::runtime_error("LAK_CPU_ISA: expected one of " + usable + " on this CPU, got " + wanted);

@@ -1,0 +1,22 @@
+"""Shared by all tests: one thread per worker, seeds, and the instruction sets this CPU can run."""
+
+import pytest
+import torch
+
+from llama_adapter_kernels import ops
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+def instruction_sets() -> list[str]:
+    return ops.cpu_instruction_sets()[0]
