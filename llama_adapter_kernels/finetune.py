@@ -13,12 +13,18 @@ from llama_adapter_kernels.data import Example, read_rows, tokenize
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer, pick_dtype
 from llama_adapter_kernels.packing import StepDataset
-from llama_adapter_kernels.run_folder import check_output, data_fingerprint, last_checkpoint, prepare_output, step_of
+from llama_adapter_kernels.run_folder import (
+    CSV_FILE,
+    TENSORBOARD_FOLDER,
+    check_output,
+    data_fingerprint,
+    last_checkpoint,
+    prepare_output,
+    step_of,
+)
 from llama_adapter_kernels.settings import Execution, Settings, check_settings
 
 log = logging.getLogger(__name__)
-
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def train(
     arguments.save_steps = execution.save_steps or min(dataset.steps, 500)
     arguments.warmup_steps = warmup_steps(settings, dataset.steps, total_steps)
 
-    csv_path = output / training.CSV_FILE
+    csv_path = output / CSV_FILE
     own: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
     if execution.tensorboard and arguments.process_index == 0:
         own += _tensorboard(output / TENSORBOARD_FOLDER)

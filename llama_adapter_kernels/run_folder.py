@@ -11,6 +11,8 @@ from llama_adapter_kernels.errors import UserError
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint-"
+CSV_FILE = "training_log.csv"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -44,7 +46,9 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
-    """Creates or clears the folder and notes the run in it; a resumed run must be the noted one.
+    """Creates the folder, or clears an earlier run from it, and notes the run; a resumed run must be the noted one.
+
+    Only checkpoints and logs are removed: the adapter of an earlier run stays until the new one replaces it.
 
     Raises:
         UserError: the settings differ from those of the run to resume; both sides are named.
@@ -63,8 +67,9 @@ def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for entry in output.iterdir():  # only ever an earlier run: check_output saw to that
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for folder in (*checkpoints(output), output / TENSORBOARD_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
+        (output / CSV_FILE).unlink(missing_ok=True)
         path.write_text(json.dumps(run, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}") from None

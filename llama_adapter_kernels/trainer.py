@@ -16,7 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.packing import StepDataset, live_positions
@@ -26,7 +33,6 @@ log = logging.getLogger(__name__)
 
 # A save goes here first and is renamed when it is complete. The dot keeps it out of every search for checkpoints.
 STAGING = ".saving"
-CSV_FILE = "training_log.csv"
 # A full disk, as Python, torch.save and safetensors report it.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -68,6 +74,8 @@ class AdapterTrainer(Trainer):
         self, model: nn.Module, adapter: Any, args: TrainingArguments, dataset: StepDataset, **more: Any
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossProgress())
         self.adapter = adapter
         self.failed_save: str | None = None
         # compute_loss divides by the tokens of the whole step; nothing is left to divide.
@@ -203,6 +211,16 @@ def read_csv_log(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: float(value) for key, value in row.items()} for row in rows if all(row.values())]
+
+
+class LossProgress(ProgressCallback):
+    """A progress bar with the latest loss in it, instead of a line for every logged step."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
 
 class StopOnSignal(TrainerCallback):

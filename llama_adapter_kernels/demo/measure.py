@@ -1,6 +1,7 @@
 """What the demo measures: the held-out loss, and a training step with three ways to compute the same attention."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,12 +60,13 @@ def step_times(model: nn.Module) -> dict[str, float]:
 
 
 def gate_values(adapter: Any) -> dict[int, list[float]]:
-    """tanh(gate) of every query head by layer, lowest layer first."""
-    return {
-        int(name.split(".")[1]): torch.tanh(p).flatten().tolist()
-        for name, p in adapter.named_parameters()
-        if name.endswith("gate")
-    }
+    """tanh(gate) of every query head by layer, lowest layer first; `adapter` is attach_adapter's handle."""
+    gates = {}
+    for name, parameter in adapter.named_parameters():
+        layer = re.search(r"\d+", name)
+        if "gate" in name and layer:
+            gates[int(layer.group())] = torch.tanh(parameter.detach()).flatten().tolist()
+    return dict(sorted(gates.items()))
 
 
 def two_calls(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor, **options: Any) -> Tensor:

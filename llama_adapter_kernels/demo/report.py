@@ -48,11 +48,14 @@ def report(results: Results) -> str:
         "gate per head and layer.",
         "",
         f"- {results.training_functions:,} functions to learn from, {results.held_out_functions:,} held out",
-        f"- {outcome.step} steps in {outcome.seconds:.0f} s with backend `{results.backend}`, {results.threads} "
-        f"threads; the whole demo took {results.seconds:.0f} s",
+        f"- {outcome.step} steps in {outcome.seconds:.0f} s with backend `{results.backend}` ({results.threads} "
+        f"thread{'s' if results.threads > 1 else ''}); the whole demo took {results.seconds:.0f} s",
         f"- held-out loss (nats per response token): **{losses[min(losses)]:.3f} before, {losses[max(losses)]:.3f} "
         "after**",
         f"- gates: 0 before, up to {max(gates):.2f} after (mean of the absolute values {sum(gates) / len(gates):.2f})",
+        "",
+        "The base model has read the docstrings that it is trained on here, though not as answers; the held-out ones "
+        "it has not: hence the distance between the two losses.",
         "",
         "![loss](loss.png)",
         "",

@@ -61,7 +61,7 @@ def run(output: Path, settings: Settings = SETTINGS, held_out_limit: int | None 
 
     _heading("Text: the docstrings of this Python's standard library")
     training, held_out = corpus.examples(corpus.standard_library())
-    held_out = held_out[:held_out_limit]
+    shown, held_out = _shown(held_out), held_out[:held_out_limit]
     typer.echo(f"{len(training)} functions to learn from, {len(held_out)} held out (the base model has not seen them)")
     network, tokenizer = load_model_and_tokenizer(str(BASE_MODEL), torch.float32)
     examples, unseen = (
@@ -71,7 +71,6 @@ def run(output: Path, settings: Settings = SETTINGS, held_out_limit: int | None 
     prepare_output(output, {"model": "demo", "data_sha256": data_fingerprint(examples), "settings": {}}, resume=False)
 
     _heading("Before: the base model, frozen")
-    shown = _shown(held_out)
     answerer = Answerer(network, tokenizer)
     rows = [Row(corpus.INSTRUCTION, example.signature) for example in shown]
     before, loss_before = answerer.answer(rows, GREEDY), held_out_loss(network, unseen)

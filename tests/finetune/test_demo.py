@@ -85,7 +85,7 @@ def test_replacing_the_attention_reaches_the_model_and_ends() -> None:
     tokens = torch.arange(3, 43)[None]
 
     def loss() -> float:
-        return float(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
 
     expected, calls = loss(), []
     for way in (measure.two_calls, measure.eager):

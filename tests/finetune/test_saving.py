@@ -109,7 +109,9 @@ def test_overwrite_and_resume_of_a_finished_run(tiny_model: Path, rows_file: Pat
     again = run(tiny_model, rows_file, tmp_path / "run", settings, resume=True)
     assert again.finished
     assert again.losses == first.losses
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     other = run(tiny_model, rows_file, tmp_path / "run", Settings(**{**settings.__dict__, "seed": 1}), overwrite=True)
     assert other.losses.keys() == first.losses.keys()
     assert other.losses != first.losses
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 1

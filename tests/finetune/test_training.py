@@ -17,7 +17,7 @@ from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.finetune import Outcome, attach, train
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.packing import pack
-from llama_adapter_kernels.run_folder import last_checkpoint, step_of
+from llama_adapter_kernels.run_folder import CSV_FILE, last_checkpoint, step_of
 from llama_adapter_kernels.settings import Execution, Settings
 
 from .runs import QUIET, SHORT, run, weights
@@ -92,7 +92,7 @@ def test_two_processes_give_the_losses_of_one(
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
     expected, output = short_run
-    losses = {int(row["step"]): row["loss"] for row in trainer.read_csv_log(tmp_path / "run" / trainer.CSV_FILE)}
+    losses = {int(row["step"]): row["loss"] for row in trainer.read_csv_log(tmp_path / "run" / CSV_FILE)}
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     for name, tensor in weights(output).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-4)
@@ -104,7 +104,7 @@ def interrupt(arguments: list[str], output: Path, step: int, number: signal.Sign
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         deadline = time.monotonic() + 90
-        while max((row["step"] for row in trainer.read_csv_log(output / trainer.CSV_FILE)), default=0) < step:
+        while max((row["step"] for row in trainer.read_csv_log(output / CSV_FILE)), default=0) < step:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -125,9 +125,7 @@ def test_killed_and_interrupted_runs_go_on_exactly(tiny_model: Path, rows_file: 
     assert last_checkpoint(output) is not None
 
     arguments.append("--resume")
-    status, text = interrupt(
-        arguments, output, trainer.read_csv_log(output / trainer.CSV_FILE)[-1]["step"] + 3, signal.SIGINT
-    )
+    status, text = interrupt(arguments, output, trainer.read_csv_log(output / CSV_FILE)[-1]["step"] + 3, signal.SIGINT)
     assert status == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
