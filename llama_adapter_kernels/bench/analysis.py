@@ -57,8 +57,13 @@ class Rates:
 def rates(entry: Measurement, ceilings: dict[str, float]) -> Rates:
     assert entry.median is not None
     flops, bandwidth = entry.flop / entry.median, entry.bytes / entry.median
-    gemm, memory = ceilings.get(f"gemm_{entry.dtype}"), memory_ceiling(ceilings)
+    gemm, memory = compute_ceiling(ceilings, entry.dtype), memory_ceiling(ceilings)
     return Rates(flops, bandwidth, flops / gemm if gemm else None, bandwidth / memory if memory else None)
+
+
+def compute_ceiling(ceilings: dict[str, float], dtype: str) -> float | None:
+    """The rate of a large matrix product. A processor without bfloat16 units is faster in float32: then that counts."""
+    return max((ceilings[name] for name in (f"gemm_{dtype}", "gemm_float32") if name in ceilings), default=None)
 
 
 def memory_ceiling(ceilings: dict[str, float]) -> float | None:

@@ -55,7 +55,15 @@ def _bars(axes: Axes, labels: list[str], series: dict[str, tuple[str, list[float
         axes.barh(places, [value or 0 for value in values], height * 0.92, color=colour, label=name)
         for place, value in zip(places, values, strict=True):
             if value is not None:
-                axes.annotate(text(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+                axes.annotate(
+                    text(value),
+                    (value, place),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+                )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
@@ -69,6 +77,11 @@ def _panels(rows: list[tuple[str, str, analysis.Race]], bars: int) -> tuple[Figu
     figure = Figure(figsize=(10, 0.16 * (bars + 0.8) * sum(counts) + 0.9 * len(modes) + 0.4), layout="constrained")
     axes = figure.subplots(len(modes), 1, height_ratios=[count + 0.5 for count in counts], squeeze=False)[:, 0]
     return figure, list(zip(modes, axes, strict=True))
+
+
+def _legend_on_top(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
 def speedup(results: Results) -> Figure | None:
@@ -86,11 +99,11 @@ def speedup(results: Results) -> Figure | None:
             for name, (colour, pick) in contestants.items()
         }
         _bars(axes, [label for label, _, _ in chosen], series, lambda value: f"{value:.2f}x")
-        axes.axvline(1, color=TWO, linewidth=1.5, label="two SDPA calls = 1")
+        axes.axvline(1, color=TWO, linewidth=1.5, zorder=0, label="two SDPA calls = 1")
         axes.margins(x=0.08)
         axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
         axes.set_xlabel("speed-up over two SDPA calls (times, more is better)")
-    panels[0][1].legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=4, frameon=False, fontsize=9)
+    _legend_on_top(figure, panels[0][1], 4)
     return figure
 
 
@@ -142,15 +155,19 @@ def roofline(results: Results) -> Figure | None:
     columns = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for axes, dtype in zip(columns, dtypes, strict=True):
         chosen = [entry for entry in points if entry.dtype == dtype]
-        gemm = results.ceilings[f"gemm_{dtype}"]
+        gemm = analysis.compute_ceiling(results.ceilings, dtype) or 1.0
         intensities = [entry.flop / entry.bytes for entry in chosen]
-        low, high = min(intensities) / 2, max(*intensities, gemm / memory_ceiling) * 2
         corner = gemm / memory_ceiling
+        low, high = min(*intensities, corner) / 2, max(*intensities, corner) * 2
         axes.plot([low, corner, high], [low * memory_ceiling / 1e9, gemm / 1e9, gemm / 1e9], color="black", linewidth=1)
-        axes.annotate(f"matrix product {gemm / 1e9:.0f} GFLOP/s", (high, gemm / 1e9), (0, 4), ha="right",
-                      textcoords="offset points", fontsize=8)  # fmt: skip
-        axes.annotate(f"memory {memory_ceiling / 1e9:.1f} GB/s", (low, low * memory_ceiling / 1e9), (0, 14),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
+        axes.annotate(
+            f"matrix product {gemm / 1e9:.0f} GFLOP/s", (high, gemm / 1e9), (0, 4), ha="right",
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+        axes.annotate(
+            f"memory {memory_ceiling / 1e9:.1f} GB/s", (low, low * memory_ceiling / 1e9), (14, 0),
+            textcoords="offset points", fontsize=8, va="top",
+        )  # fmt: skip
         seen: set[tuple[str, str]] = set()
         for entry, intensity in zip(chosen, intensities, strict=True):
             colour, name = _kind(entry)
@@ -190,5 +207,5 @@ def memory(results: Results) -> Figure | None:
         axes.margins(x=0.1)
         axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
         axes.set_xlabel("peak memory on top of the inputs (MiB, less is better)")
-    panels[0][1].legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=3, frameon=False, fontsize=9)
+    _legend_on_top(figure, panels[0][1], 3)
     return figure

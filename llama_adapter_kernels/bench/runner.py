@@ -54,6 +54,15 @@ def known_peers(device: torch.device) -> dict[str, str]:
     return found
 
 
+def peers_of(case: BenchCase) -> list[Peer[Any]]:
+    """The contestants of a case."""
+    from llama_adapter_kernels.bench import attention_peers, model_peers, packed_peers
+
+    tables: dict[str, list[Peer[Any]]] = {"attention": attention_peers.ATTENTION, "varlen": packed_peers.PACKED,
+                                          "decode": attention_peers.DECODE}  # fmt: skip
+    return tables.get(case.question, model_peers.MODEL)
+
+
 def check_peers(names: list[str] | None, device: torch.device) -> None:
     """
     Raises:
@@ -92,7 +101,7 @@ def run_race(
     found: dict[str, Measurement] = {}
     calls: dict[str, Callable[[], object]] = {}
     for peer in entrants:
-        entry = _blank(workload, peer)
+        entry = blank(workload, peer)
         found[peer.name] = entry
         call = admit(workload, peer, entry)
         if call is not None:
@@ -136,7 +145,8 @@ def _equal(deviation: Deviation, peer: Peer[Any], workload: Workload) -> bool:
     return deviation.ok or (lenient and deviation.relative <= 1e-5)
 
 
-def _blank(workload: Workload, peer: Peer[Any]) -> Measurement:
+def blank(workload: Workload, peer: Peer[Any]) -> Measurement:
+    """A measurement without a time."""
     work, case = workload.work(peer.prefix), workload.case
     return Measurement(
         case=case.name, title=case.title, question=case.question, mode=workload.mode, dtype=workload.dtype,
@@ -155,4 +165,5 @@ def _entrants(workload: Workload, names: list[str] | None, quick: bool) -> list[
     return list(workload.peers)
 
 
-__all__ = ["Plan", "admit", "check_peers", "clock_for", "known_peers", "plan", "run", "run_race", "start"]
+__all__ = ["Plan", "admit", "blank", "check_peers", "clock_for", "known_peers", "machine", "peers_of", "plan", "run",
+           "run_race", "start"]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Contestants compute what the reference does; one that does not is reported as wrong and never timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels import testing
+from llama_adapter_kernels.bench import attention_peers, model_peers, packed_peers, runner
+from llama_adapter_kernels.bench.cases import BenchCase, ModelShape
+from llama_adapter_kernels.bench.measure import Budget, CpuClock
+from llama_adapter_kernels.bench.peer import Peer, Prepared
+from llama_adapter_kernels.bench.workload import AttentionWorkload, make_workload
+
+CPU = torch.device("cpu")
+SMALL = {
+    "attention": BenchCase("small", "small", "attention", testing.Case(seq_q=65, seq_k=65, layout="bshd")),
+    "padded": BenchCase("small", "small", "attention", testing.Case(seq_q=33, seq_k=33, is_causal=False),
+                        key_lengths=(33, 20)),
+    "varlen": BenchCase("small", "small", "varlen", testing.Case(lengths=((5, 5), (40, 40), (17, 17)))),
+    "decode": BenchCase("small", "small", "decode", testing.Case(seq_q=1, seq_k=50), key_lengths=(50, 31)),
+}  # fmt: skip
+SHAPE = ModelShape(hidden=64, heads_q=4, heads_kv=2, head_dim=16, layers=1, batch=2, sequence=24, vocabulary=64)
+MODELS = {
+    "module": (BenchCase("small", "small", "module", model=SHAPE), "forward+backward"),
+    "token": (BenchCase("small", "small", "module", model=replace(SHAPE, sequence=1, cached=9)), "forward"),
+    "training": (BenchCase("small", "small", "training", model=replace(SHAPE, layers=2, lengths=(24, 11))), "step"),
+}
+# flex_attention is compiled: half a minute of the C++ compiler per shape. `llama-adapter bench` checks it too.
+SLOW = {"flex"}
+
+
+def admitted(workload, peer) -> tuple[object, runner.Measurement]:
+    entry = runner.blank(workload, peer)
+    return runner.admit(workload, peer, entry), entry
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", SMALL)
+def test_attention_contestants(kind: str, dtype: str) -> None:
+    case = SMALL[kind]
+    for mode in case.modes:
+        workload = make_workload(case, mode, dtype, CPU)
+        for peer in workload.peers:
+            if peer.name in SLOW:
+                continue
+            call, entry = admitted(workload, peer)
+            assert entry.status != "wrong", (peer.name, entry.reason)
+            if workload.reason(peer) is None:
+                assert call is not None, (peer.name, entry.reason)
+                call()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_model_contestants(kind: str) -> None:
+    case, mode = MODELS[kind]
+    workload = make_workload(case, mode, "float32", CPU)
+    for peer in workload.peers:
+        call, entry = admitted(workload, peer)
+        assert entry.status != "wrong", (peer.name, entry.reason)
+        if workload.reason(peer) is None:
+            assert call is not None, (peer.name, entry.reason)
+            call()
+
+
+def wrong_peer(problem: testing.Problem, backward: bool) -> Prepared:
+    right = attention_peers.ATTENTION[1].prepare(problem, backward)
+
+    def call() -> Tensor:
+        return right.call() * 1.01
+
+    return Prepared(call, right.leaves, right.doutput)
+
+
+def broken_peer(problem: testing.Problem, backward: bool) -> Prepared:
+    raise RuntimeError("no kernel for this card\nand a long trace")
+
+
+def test_wrong_is_reported_and_not_timed() -> None:
+    workload = AttentionWorkload(SMALL["attention"], "forward", "float32", CPU)
+    peers = [Peer("wrong", "wrong", wrong_peer), Peer("broken", "broken", broken_peer), workload.peers[1]]
+    wrong, broken, right = runner.run_race(workload, peers, Budget(0.01, 3, 3), CpuClock())
+    assert wrong.status == "wrong"
+    assert wrong.median is None
+    assert "output: error" in wrong.reason
+    assert broken.status == "unavailable"
+    assert broken.reason == "RuntimeError: no kernel for this card"
+    assert right.status == "timed"
+    assert right.rounds == 3
+    assert right.quartiles[0] <= right.median <= right.quartiles[1]
+
+
+def test_a_prefix_left_out_is_wrong() -> None:
+    """The mistake that is invisible while gates are zero: the cases' gates are not."""
+    workload = AttentionWorkload(SMALL["attention"], "forward", "bfloat16", CPU)
+    plain = replace(workload.peers[0], prefix=True, prepare=lambda problem, backward: Prepared(
+        lambda: attention_peers.two_calls(problem.tensors["query"], problem.tensors["key"], problem.tensors["value"],
+                                          None, None, None, None, True), {}, None))  # fmt: skip
+    assert admitted(workload, plain)[1].status == "wrong"
+
+
+def test_nan_is_wrong() -> None:
+    workload = AttentionWorkload(SMALL["attention"], "forward", "float32", CPU)
+    right = workload.peers[1]
+
+    def prepare(problem: testing.Problem, backward: bool) -> Prepared:
+        prepared = right.prepare(problem, backward)
+        return Prepared(lambda: prepared.call() * torch.nan, prepared.leaves, prepared.doutput)
+
+    assert admitted(workload, Peer("nan", "nan", prepare))[1].status == "wrong"
+
+
+def test_every_issue_contestant_is_there() -> None:
+    names = {peer.name for peer in attention_peers.ATTENTION}
+    assert {"sdpa", "eager", "flex", *(f"two-sdpa-{b}" for b in ("flash", "cudnn", "efficient", "math"))} <= names
+    assert {"ours-cpu", "ours-cpu-p0", "ours-cuda", "ours-triton", "ours-reference-p0"} <= names
+    assert {"two-varlen", "two-sdpa-512"} <= {peer.name for peer in packed_peers.PACKED}
+    assert "peft" in {peer.name for peer in model_peers.MODEL}

@@ -1,0 +1,153 @@
+"""Result files, tables, the regression check and the report, on made-up measurements."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llama_adapter_kernels.bench import analysis, regression, results, tables
+from llama_adapter_kernels.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def measurement(peer: str, milliseconds: float | None, case: str = "llama-7b", **more: object) -> results.Measurement:
+    seconds = None if milliseconds is None else milliseconds / 1e3
+    return results.Measurement(**({
+        "case": case, "title": "LLaMA-7B, 512 tokens", "question": "attention", "mode": "forward", "dtype": "float32",
+        "shape": {"batch": 1, "sequence": 512}, "sweep": "LLaMA-7B", "peer": peer, "label": peer,
+        "ours": peer.startswith("ours"), "prefix_length": 0 if peer == "sdpa" else 10,
+        "status": "unavailable" if seconds is None else "timed", "reason": "no" if seconds is None else None,
+        "median": seconds, "quartiles": None if seconds is None else (seconds * 0.9, seconds * 1.1), "rounds": 9,
+        "repeats": 1, "flop": 2e9, "bytes": 3e7, "peak_memory": 4 << 20, "worst_error": 0.5,
+    } | more))  # fmt: skip
+
+
+def example() -> results.Results:
+    machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "our_instruction_set": "avx512", "torch": "2.13.0",
+               "commit": "abc", "gpu_clocks_mhz": None}  # fmt: skip
+    rows = [measurement("sdpa", 8.0), measurement("two-sdpa", 10.0), measurement("eager", 40.0),
+            measurement("ours-cpu", 4.0), measurement("ours-cuda", None)]  # fmt: skip
+    sweep = [measurement(peer, time * length / 512, f"llama-7b-{length}", shape={"batch": 1, "sequence": length})
+             for length in (128, 256, 1024) for peer, time in (("two-sdpa", 10.0), ("ours-cpu", 4.0))]  # fmt: skip
+    ceilings = {"gemm_float32": 1e11, "copy": 1e10, "read": 2e10}
+    return results.Results(machine, {"clock": "wall"}, ceilings, "2000-01-01 00:00 UTC", rows + sweep)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    example().save(tmp_path / "a.json")
+    loaded = results.load(tmp_path / "a.json")
+    assert loaded.races().keys() == example().races().keys()
+    assert loaded.measurements[3].median == 4e-3
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"version": 2}, "result version 2, this program reads version 1"),
+    ({"version": None}, "result version None"),
+    ({"format": "other"}, "not a result file"),
+    ({"surprise": 1}, "unknown fields ['surprise']"),
+    ({"measurements": [{"case": "x"}]}, "measurement 0: missing fields"),
+    ({"measurements": 3}, "measurements: expected a list"),
+])  # fmt: skip
+def test_other_files_are_refused(tmp_path: Path, change: dict, reason: str) -> None:
+    path = tmp_path / "a.json"
+    example().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(results.ResultError) as caught:
+        results.load(path)
+    assert reason in str(caught.value)
+    run = CliRunner().invoke(app, ["bench-report", str(path), "--output", str(tmp_path / "report")])
+    assert run.exit_code == 2
+    assert reason in run.output
+
+
+def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    for name, reason in (("a.json", "not JSON"), ("b.json", "no such file")):
+        with pytest.raises(results.ResultError, match=reason):
+            results.load(tmp_path / name)
+
+
+def test_merge_refuses_other_machines_and_repetition() -> None:
+    other = example()
+    with pytest.raises(results.ResultError, match="is in another file too"):
+        results.merge([example(), other], ["a", "b"])
+    other.machine = other.machine | {"cpu": "Another"}
+    with pytest.raises(results.ResultError, match="cpu is 'Another', in a it is 'Some CPU'"):
+        results.merge([example(), other], ["a", "b"])
+
+
+@pytest.mark.parametrize(("option", "known"), [("--case", "roberta-large"), ("--peer", "two-sdpa-cudnn"),
+                                               ("--dtype", "bfloat16")])  # fmt: skip
+def test_unknown_names_list_the_known_ones(option: str, known: str) -> None:
+    run = CliRunner().invoke(app, ["bench", option, "nonsense", "--device", "cpu"])
+    assert run.exit_code == 2
+    assert known in run.output
+    assert "nonsense" in run.output
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("precious")
+    run = CliRunner().invoke(app, ["bench", "--case", "llama-1b", "--device", "cpu", "--output", str(path)])
+    assert run.exit_code == 2
+    assert "--resume" in run.output
+    assert path.read_text() == "precious"
+
+
+def test_ratios() -> None:
+    race = example().races()["llama-7b", "forward", "float32"]
+    assert analysis.speedup(analysis.two_sdpa(race), analysis.fused(race)) == 2.5
+    assert analysis.fused(race).peer == "ours-cpu"
+    rates = analysis.rates(race["ours-cpu"], example().ceilings)
+    assert rates.flops == pytest.approx(5e11)
+    assert rates.share_of_memory == pytest.approx(7.5e9 / 2e10)
+
+
+def test_regression(tmp_path: Path) -> None:
+    bars = tmp_path / "bars.json"
+    name = regression.processor(example())
+    regression.record_bars(bars, name, {"a": 2.0, "b": 2.0, "c": 2.0})
+    assert regression.load_bars(bars, name) == {"a": 2.0, "b": 2.0, "c": 2.0}
+    verdicts = regression.judge(regression.load_bars(bars, name), {"a": 1.71, "b": 1.69})
+    assert [verdict.ok for verdict in verdicts] == [True, False, False]
+    with pytest.raises(results.ResultError, match="no bars for Another"):
+        regression.load_bars(bars, "Another")
+    bars.write_text('{"version": 7, "bars": {}}')
+    with pytest.raises(results.ResultError, match="bars of version 7"):
+        regression.load_bars(bars, name)
+
+
+def test_report_is_one_file_with_every_plot(tmp_path: Path) -> None:
+    example().save(tmp_path / "a.json")
+    run = CliRunner().invoke(app, ["bench-report", str(tmp_path / "a.json"), "--output", str(tmp_path / "report")])
+    assert run.exit_code == 0, run.output
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    for outside in ("<script", "<link", "<img", "src=", "@import"):
+        assert outside not in page
+    assert "not run: ours-cuda" in page
+    for name in ("speedup", "length", "roofline", "memory"):
+        assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
+
+
+def test_readme_block() -> None:
+    table = tables.readme_table(example())
+    text = f"before\n{tables.README_BEGIN}\nold\n{tables.README_END}\nafter"
+    new = tables.insert_in_readme(text, table, ["benchmarks/results/a.json"])
+    assert "old" not in new
+    assert new.startswith("before")
+    assert new.endswith("after")
+    assert tables.recorded_files(new) == ["benchmarks/results/a.json"]
+    assert tables.insert_in_readme(new, table, ["benchmarks/results/a.json"]) == new
+    with pytest.raises(ValueError, match="expected one"):
+        tables.insert_in_readme("no markers", table, [])
+
+
+def test_readme_shows_the_recorded_figures() -> None:
+    text = (ROOT / "README.md").read_text()
+    files = tables.recorded_files(text)
+    assert files
+    recorded = results.merge([results.load(ROOT / name) for name in files], files)
+    assert tables.insert_in_readme(text, tables.readme_table(recorded), files) == text
