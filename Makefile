@@ -35,9 +35,11 @@ install: $(VENV)/package.stamp
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The report is written even where a contestant was wrong; the exit status tells.
 bench: install
-	$(BIN)/llama-adapter bench --minutes 9 --output bench-output/bench-$(shell date +%Y%m%d-%H%M%S).json
-	$(BIN)/llama-adapter bench-report $$(ls -t bench-output/*.json | head -1) --output bench-output/report
+	file=bench-output/bench-$$(date +%Y%m%d-%H%M%S).json; \
+	$(BIN)/llama-adapter bench --minutes 9 --output $$file; status=$$?; \
+	$(BIN)/llama-adapter bench-report $$file --output bench-output/report && exit $$status
 
 bench-check: install
 	$(BIN)/llama-adapter bench-check --bars benchmarks/bars.json

@@ -16,8 +16,8 @@ _CAPTIONS = {
     "roofline": (
         "Roofline",
         "Work that the problem asks for (causal and padded keys that nobody sees are none) per second, over that work "
-        "per byte that must be read or written. The lines are a large matrix product and the faster of copying and reading "
-        "memory, measured in the same run. A point above the slope had its data in the caches.",
+        "per byte that must be read or written. The lines are a large matrix product and the faster of copying and "
+        "reading memory, measured in the same run. A point above the slope had its data in the caches.",
     ),
     "memory": ("Peak memory", "What one call takes on top of its inputs, its results included."),
 }
