@@ -195,6 +195,8 @@ class Truth:
     exact: dict[str, Tensor]  # float64
     eager: dict[str, Tensor]  # in the dtype under test
     gate_summands: float = 0.0
+    score_summands: float = 0.0  # what a score gradient is the difference of, where it cancels to nothing
+    saved_output: float = 0.0  # what rounding the saved output to its dtype does to dquery and dkey, in units of eps
 
 
 def truth_of(problem: Problem) -> Truth:
@@ -203,7 +205,18 @@ def truth_of(problem: Problem) -> Truth:
     assert query is not None
     exact = _truth(problem.to(torch.float64, "cpu"), "reference")
     eager = _truth(problem.to(query.dtype, "cpu"), "reference")
-    return Truth(query.dtype, exact, eager, _gate_summands(problem) if "dgate" in exact else 0.0)
+    largest = {n: t.detach().abs().max().item() for n, t in problem.tensors.items() if t is not None and t.numel()}
+    doutput = 0.0 if problem.doutput is None or not problem.doutput.numel() else problem.doutput.abs().max().item()
+    values = max(largest.get("value", 0.0), largest.get("prefix_value", 0.0))
+    summands = doutput * values * max(largest.get("query", 0.0), largest.get("key", 0.0))
+    # D_w = rowsum(dO * O): each O is rounded, and the error of D_w reaches dquery and dkey times scale * K or Q.
+    saved_output = 0.0
+    if problem.doutput is not None and problem.doutput.numel():
+        products = (problem.doutput.cpu().double() * exact["output"]).norm(dim=-1).max().item()
+        scale = problem.arguments.get("scale") or query.shape[-1] ** -0.5
+        saved_output = products * abs(scale) * max(largest.get("query", 0.0), largest.get("key", 0.0))
+    gate_summands = _gate_summands(problem) if "dgate" in exact else 0.0
+    return Truth(query.dtype, exact, eager, gate_summands, summands, saved_output)
 
 
 def deviations(problem: Problem, results: dict[str, Tensor], truth: Truth | None = None) -> list[Deviation]:
@@ -219,9 +232,12 @@ def deviation(name: str, result: Tensor, truth: Truth) -> Deviation:
     error = (result.detach().to("cpu", torch.float64) - exact).abs().max().item()
     base = (truth.eager[name].double() - exact).abs().max().item()
     size = exact.abs().max().item()
-    # A sum of n roundings of a head's gate gradient walks randomly: its floor is that of the summands, not of a
-    # result in which they may have cancelled.
-    floor = eps * (truth.gate_summands if name == "dgate" else size)
+    # The gate gradient is one long sum: its floor is that of the summands, not of a result in which they may cancel.
+    # The same where a softmax over one key has a gradient of zero: dP - D, rounded, is all that is left.
+    vanishes = size < 1e-6 * truth.score_summands and name in ("dquery", "dkey", "dprefix_key")
+    floor = eps * (truth.gate_summands if name == "dgate" else truth.score_summands if vanishes else size)
+    if name in ("dquery", "dkey"):
+        floor += eps * truth.saved_output
     limit = 2 * base + 2 * floor
     if dtype == torch.float64:  # nothing more exact to compare with: two correct results differ by some roundings
         limit = 32 * floor
@@ -242,7 +258,8 @@ def _gate_summands(problem: Problem) -> float:
         with_unit_gate = Problem(exact.case, exact.tensors | {"gate": torch.ones_like(ones)}, exact.arguments)
         assert exact.doutput is not None
         prefix_output = with_unit_gate.forward("reference") - without.forward("reference")
-        return (exact.doutput * prefix_output).norm().item()
+        # Partial sums over head_dim round too: sqrt(D) / 2 times the roundings of the products themselves.
+        return (exact.doutput * prefix_output).norm().item() * max(1.0, exact.case.head_dim**0.5 / 2)
 
 
 def assert_matches_reference(problem: Problem, backend: str, gradients: bool = True) -> None:

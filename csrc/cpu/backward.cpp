@@ -55,7 +55,7 @@ struct PrefixSums {
 template <class T>
 struct BackwardScratch {
   using C = Compute<T>;
-  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *logsumexp_rest, *delta;
+  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *delta;
 
   BackwardScratch(Scratch& s, const ZeroGateParams& p, const Partition& part) {
     const int64_t rows = part.padded_queries * part.padded_depth, keys_rows = part.words ? part.keys_per_split : 0;
@@ -73,7 +73,6 @@ struct BackwardScratch {
     scores = s.take<C>(block * kBlockQueries);
     dscores = s.take<C>(block * kBlockQueries);
     logsumexp = s.take<C>(part.padded_queries);
-    logsumexp_rest = s.take<C>(part.padded_queries);
     delta = s.take<C>(part.padded_queries);
   }
 };
@@ -169,10 +168,7 @@ class BackwardTask {
     for (int64_t i = 0; i < blocks * kBlockQueries; ++i) {
       // Rows that do not exist or saw no key: exp2(S - inf) makes every probability 0.
       const bool sees_keys = i < seq.queries && saved[i] > -__builtin_huge_val();
-      // In two parts: one rounding more of a number near 10 would show in every probability of the row.
-      const double in_base_2 = sees_keys ? saved[i] * kLog2E : 0;
-      s.logsumexp[i] = sees_keys ? static_cast<C>(in_base_2) : C(__builtin_huge_val());
-      s.logsumexp_rest[i] = static_cast<C>(in_base_2 - static_cast<double>(static_cast<C>(in_base_2)));
+      s.logsumexp[i] = sees_keys ? saved[i] : C(__builtin_huge_val());
       s.delta[i] = 0;
     }
     for (int64_t i = 0; part.words && i < blocks; ++i) dot_with_output(head, i * kBlockQueries);
@@ -227,10 +223,9 @@ class BackwardTask {
     const Vec<C> log2e = broadcast(static_cast<C>(kLog2E));
     Vec<C> highest = broadcast(C(-__builtin_huge_val())), sum{}, weighted{};
     for (int64_t t = 0; t < n; ++t) highest = maximum<C>(load(s.scores + t * kBlockQueries + m), highest);
-    highest *= log2e;
     for (int64_t t = 0; t < n; ++t) {
       C* at = s.scores + t * kBlockQueries + m;
-      const Vec<C> probability = exp2_nonpositive(load(at) * log2e - highest);
+      const Vec<C> probability = exp2_nonpositive((load(at) - highest) * log2e);
       store(at, probability);
       sum += probability;
       weighted += probability * load(s.dscores + t * kBlockQueries + m);
@@ -274,12 +269,12 @@ class BackwardTask {
   // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries.
   void word_gradients(int64_t m, int64_t n, int64_t q0, int64_t hidden) {
     const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), delta = load(s.delta + q0 + m);
-    const Vec<C> logsumexp = load(s.logsumexp + q0 + m), rest = load(s.logsumexp_rest + q0 + m);
+    const Vec<C> logsumexp = load(s.logsumexp + q0 + m);
     const int64_t seen = seen_keys(n, m + kLane, hidden), by_all = smaller(seen, larger(0, m - hidden + 1));
     for (int64_t t = 0; t < seen; ++t) {
       C* at = s.scores + t * kBlockQueries + m;
       C* d_at = s.dscores + t * kBlockQueries + m;
-      Vec<C> probability = exp2_nonpositive(load(at) * log2e - logsumexp - rest);
+      Vec<C> probability = exp2_nonpositive((load(at) - logsumexp) * log2e);
       if (t >= by_all) probability = sees<C>(m, t, hidden) ? probability : Vec<C>{};
       store(at, probability);
       store(d_at, probability * (load(d_at) - delta));

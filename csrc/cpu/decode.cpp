@@ -33,7 +33,7 @@ Ranges ranges_of(const ZeroGateParams& p) {
 // The state of an online softmax over rows.
 template <class C>
 struct Partial {
-  C *maximum, *sum, *accumulator;  // [rows], [rows], [rows][padded_depth]; maximum in base 2
+  C *maximum, *sum, *accumulator;  // [rows], [rows], [rows][padded_depth]
   Partial(Scratch& s, const Ranges& r)
       : maximum(s.take<C>(r.rows)), sum(s.take<C>(r.rows)), accumulator(s.take<C>(r.rows * r.padded_depth)) {}
 };
@@ -117,7 +117,7 @@ class DecodeRows {
       for (int64_t i = 0; i < r.count; ++i) highest = larger_of(highest, state(states, r, state_bytes, i).maximum[row]);
       for (int64_t i = 0; i < r.count && highest > kMinusInfinity; ++i) {
         const Partial<C> part = state(states, r, state_bytes, i);
-        const C factor = exp2_nonpositive(broadcast(part.maximum[row] - highest))[0];
+        const C factor = exp2_nonpositive(broadcast((part.maximum[row] - highest) * static_cast<C>(kLog2E)))[0];
         sum += factor * part.sum[row];
         add_scaled(part.accumulator + row * padded_depth, factor, out);
       }
@@ -226,16 +226,16 @@ class DecodeRows {
     for (int64_t t = 0; t < n; t += kLane) highest = maximum<C>(load(scores + t), highest);
     C top = kMinusInfinity;
     for (int i = 0; i < kLane; ++i) top = highest[i] > top || highest[i] != highest[i] ? highest[i] : top;
-    top = larger_of(top * static_cast<C>(kLog2E), maximum_so_far);
+    top = larger_of(top, maximum_so_far);
     const C reference = top == kMinusInfinity ? C(0) : top;
     Vec<C> sum{};
     for (int64_t t = 0; t < n; t += kLane) {
       const Vec<C> probability =
-          exp2_nonpositive(load(scores + t) * broadcast(static_cast<C>(kLog2E)) - broadcast(reference));
+          exp2_nonpositive((load(scores + t) - broadcast(reference)) * broadcast(static_cast<C>(kLog2E)));
       store(scores + t, probability);
       sum += probability;
     }
-    const C rescale = exp2_nonpositive(broadcast(maximum_so_far - reference))[0];
+    const C rescale = exp2_nonpositive(broadcast((maximum_so_far - reference) * static_cast<C>(kLog2E)))[0];
     maximum_so_far = top;
     sum_so_far = sum_so_far * rescale + horizontal_sum<C>(sum);
     return rescale;

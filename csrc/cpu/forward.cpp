@@ -87,7 +87,7 @@ class ForwardBlock {
   }
 
   // Scores of n keys become probabilities relative to the new running maximum; rescale says what became of the old one.
-  // s.maximum is log2(e) * max, rounded once: 2^(log2(e) S - maximum) is then one multiply-add and one exp2.
+  // The difference comes before the factor log2(e): it is exact near the maximum, whose probability is exactly 1.
   template <int VECS>
   void softmax_step(int64_t m, int64_t n) {
     const Vec<C> log2e = broadcast(static_cast<C>(kLog2E));
@@ -97,10 +97,10 @@ class ForwardBlock {
       for (int v = 0; v < VECS; ++v)
         highest[v] = maximum<C>(load(s.scores + t * kBlockQueries + m + v * kLane), highest[v]);
     for (int v = 0; v < VECS; ++v) {
-      highest[v] = maximum<C>(highest[v] * log2e, load(s.maximum + m + v * kLane));
+      highest[v] = maximum<C>(highest[v], load(s.maximum + m + v * kLane));
       // A query that has seen nothing yet: any finite reference keeps -inf - reference at -inf.
       reference[v] = highest[v] == broadcast(kMinusInfinity) ? Vec<C>{} : highest[v];
-      const Vec<C> rescale = exp2_nonpositive(load(s.maximum + m + v * kLane) - reference[v]);
+      const Vec<C> rescale = exp2_nonpositive((load(s.maximum + m + v * kLane) - reference[v]) * log2e);
       store(s.rescale + m + v * kLane, rescale);
       store(s.maximum + m + v * kLane, highest[v]);
       total[v] = load(s.sum + m + v * kLane) * rescale;
@@ -108,7 +108,7 @@ class ForwardBlock {
     for (int64_t t = 0; t < n; ++t) {
       for (int v = 0; v < VECS; ++v) {
         C* at = s.scores + t * kBlockQueries + m + v * kLane;
-        const Vec<C> probability = exp2_nonpositive(load(at) * log2e - reference[v]);
+        const Vec<C> probability = exp2_nonpositive((load(at) - reference[v]) * log2e);
         store(at, probability);
         total[v] += probability;
       }
@@ -161,7 +161,7 @@ class ForwardBlock {
         const Vec<C> highest = load(s.maximum + m);
         for (int64_t t = 0; t < n; ++t) {
           C* at = s.scores + t * kBlockQueries + m;
-          store(at, (one_tile ? load(at) : exp2_nonpositive(load(at) * log2e - highest)) * factor);
+          store(at, (one_tile ? load(at) : exp2_nonpositive((load(at) - highest) * log2e)) * factor);
         }
       }
       const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, slot),
@@ -175,7 +175,7 @@ class ForwardBlock {
     if (!p.logsumexp.data) return;
     C* out = row_statistic<C>(p.logsumexp, batch, head_q, seq.first_query + q0);
     for (int64_t m = 0; m < rows; ++m) {
-      out[m] = s.sum[m] == 0 ? kMinusInfinity : static_cast<C>(kLn2 * s.maximum[m] + __builtin_log(static_cast<double>(s.sum[m])));
+      out[m] = s.sum[m] == 0 ? kMinusInfinity : static_cast<C>(s.maximum[m] + __builtin_log(static_cast<double>(s.sum[m])));
     }
   }
 

@@ -8,7 +8,6 @@ namespace lak::cpu::LAK_ISA {
 inline constexpr int64_t kBlockQueries = 64;
 inline constexpr int64_t kBlockKeys = 64;
 inline constexpr double kLog2E = 1.4426950408889634;
-inline constexpr double kLn2 = 0.6931471805599453;  // natural log = kLn2 * log2
 
 // Key t of a block is hidden from queries m < hidden + t. Below -kBlockKeys nothing is hidden.
 inline constexpr int64_t kNothingHidden = -(int64_t{1} << 40);

@@ -8,6 +8,8 @@
 
 namespace lak::cpu::LAK_ISA {
 
+// Sums begin at zero in every tile and are added to what was there at the end: short chains of additions round less.
+//
 // A tile of kTileRows x kTileVecs accumulators: 24 of 32 registers with AVX-512, 12 of 16 otherwise; the rest holds the
 // vectors of one step and a broadcast.
 inline constexpr int kTileRows = 6;
@@ -24,7 +26,7 @@ struct RowByColumns {
                   C* __restrict out, int64_t ldo, bool add) {
     Vec<C> sum[ROWS][VECS];
     for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) sum[r][v] = add ? load(out + r * ldo + v * kLanes<C>) : Vec<C>{};
+      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<C>{};
     for (int64_t k = 0; k < depth; ++k) {
       Vec<C> column[VECS];
       for (int v = 0; v < VECS; ++v) column[v] = load(b + k * ldb + v * kLanes<C>);
@@ -33,8 +35,12 @@ struct RowByColumns {
         for (int v = 0; v < VECS; ++v) sum[r][v] += x * column[v];
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) store(out + r * ldo + v * kLanes<C>, sum[r][v]);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECS; ++v) {
+        C* to = out + r * ldo + v * kLanes<C>;
+        store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+      }
+    }
   }
 };
 
@@ -44,12 +50,8 @@ struct ColumnByColumns {
   static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth,
                   C* __restrict out, int64_t ldo, const C* rescale) {
     Vec<C> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECS; ++v) {
-        sum[r][v] = load(out + r * ldo + v * kLanes<C>);
-        if (rescale) sum[r][v] *= broadcast(rescale[r]);
-      }
-    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<C>{};
     for (int64_t k = 0; k < depth; ++k) {
       Vec<C> column[VECS];
       for (int v = 0; v < VECS; ++v) column[v] = load(b + k * ldb + v * kLanes<C>);
@@ -58,8 +60,13 @@ struct ColumnByColumns {
         for (int v = 0; v < VECS; ++v) sum[r][v] += x * column[v];
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) store(out + r * ldo + v * kLanes<C>, sum[r][v]);
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec<C> factor = broadcast(rescale ? rescale[r] : C(1));
+      for (int v = 0; v < VECS; ++v) {
+        C* to = out + r * ldo + v * kLanes<C>;
+        store(to, load(to) * factor + sum[r][v]);
+      }
+    }
   }
 };
 

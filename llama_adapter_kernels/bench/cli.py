@@ -46,10 +46,10 @@ def bench(
         return
     plans = _plans(place, case, peer, dtype, quick)
     path = _result_path(output, place, quick)
-    budget, clock = (QUICK if quick else FULL), runner.clock_for(place)
-    found = runner.start(place, budget, _DTYPES, clock)
     if path is not None and path.exists() and not resume:
         raise UserError(f"--output {path}: exists; --resume goes on with it, another name keeps it")
+    budget, clock = (QUICK if quick else FULL), runner.clock_for(place)
+    found = runner.start(place, budget, _DTYPES, clock)
     if path is not None and path.exists():
         try:
             earlier = results.load(path)

@@ -1,0 +1,1 @@
+"""Adapters in other people's models: one file per library."""
