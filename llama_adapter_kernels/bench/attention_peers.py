@@ -38,7 +38,7 @@ def sdpa_mask(problem: Problem) -> tuple[Tensor | None, bool]:
 
 def two_calls(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None,
-    gate: Tensor | None, attn_mask: Tensor | None, is_causal: bool, scale: float | None = None,
+    gate: Tensor | None, *, attn_mask: Tensor | None, is_causal: bool, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """What one writes without this package: two calls and one multiply-add; without a prefix one call."""
     grouped = query.shape[1] != key.shape[1]
@@ -64,7 +64,7 @@ def _prepare_sdpa(backend: SDPBackend | None, problem: Problem, backward: bool) 
 
     def call() -> Tensor:
         with only():
-            return two_calls(*arguments, attn_mask, is_causal, problem.case.scale)
+            return two_calls(*arguments, attn_mask=attn_mask, is_causal=is_causal, scale=problem.case.scale)
 
     return Prepared(call, tensors, problem.doutput)
 

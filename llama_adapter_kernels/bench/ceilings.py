@@ -1,8 +1,10 @@
 """What the machine can do at most, measured in the same run: the lines that a roofline is made of."""
 
+from functools import partial
+
 import torch
 
-from llama_adapter_kernels.bench.measure import Budget, CpuClock, CudaClock, race
+from llama_adapter_kernels.bench.measure import Budget, Call, CpuClock, CudaClock, race
 
 _BUDGET = Budget(seconds=1.5, least_rounds=5, most_rounds=30)
 
@@ -11,15 +13,15 @@ def measure(device: torch.device, dtypes: tuple[str, ...], clock: CpuClock | Cud
     """{"gemm_<dtype>": FLOP/s, "copy": bytes/s (read and written), "read": bytes/s}; the best round of each counts."""
     gpu = device.type == "cuda"
     size, memory = (8192, 1 << 30) if gpu else (2048, 256 << 20)
-    calls = {}
+    calls: dict[str, Call] = {}
     for name in dtypes:
         dtype = getattr(torch, name)
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         result = torch.empty(size, size, dtype=dtype, device=device)
-        calls[f"gemm_{name}"] = lambda a=left, b=right, c=result: torch.mm(a, b, out=c)
+        calls[f"gemm_{name}"] = partial(torch.mm, left, right, out=result)
     source = torch.ones(memory // 4, device=device)
     target = torch.empty_like(source)
-    calls["copy"] = lambda: target.copy_(source)
+    calls["copy"] = partial(target.copy_, source)
     calls["read"] = source.sum
     best = {name: timing.least for name, timing in race(calls, clock, _BUDGET).items()}
     amount = {"copy": 2.0 * memory, "read": float(memory)}

@@ -11,6 +11,7 @@ from llama_adapter_kernels.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from llama_adapter_kernels.bench.measure import Budget, CpuClock, CudaClock
     from llama_adapter_kernels.bench.results import Results
     from llama_adapter_kernels.bench.runner import Plan
 
@@ -176,7 +177,8 @@ def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Pat
     return output / f"bench-{place.type}{'-quick' if quick else ''}.json"
 
 
-def _run(plans: "list[Plan]", place: "torch.device", found: "Results", path: Path | None, budget, clock,
+def _run(plans: "list[Plan]", place: "torch.device", found: "Results", path: Path | None, budget: "Budget",
+         clock: "CpuClock | CudaClock",
          peers: list[str] | None, quick: bool, minutes: float | None) -> None:  # fmt: skip
     """Runs the races with a progress bar; the file is written after each one."""
     from rich.console import Console

@@ -143,7 +143,8 @@ class CudaClock:
         except RuntimeError:  # synchronises with the host or allocates outside of the graph's pool: time it as it is
             torch.cuda.synchronize()
             return call
-        return graph.replay
+        replay: Call = graph.replay
+        return replay
 
     def sample(self, call: Call, repeats: int, cold: bool) -> float:
         events = []
@@ -155,7 +156,8 @@ class CudaClock:
             end.record()
             events.append((start, end))
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / 1e3 / repeats
+        milliseconds: float = sum(start.elapsed_time(end) for start, end in events)
+        return milliseconds / 1e3 / repeats
 
     def repeats(self, seconds: float, cold: bool) -> int:
         return 5  # the host runs ahead of the device, which hides its launch time behind the flush
@@ -167,7 +169,8 @@ class CudaClock:
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak: int = torch.cuda.max_memory_allocated() - before
+        return peak
 
 
 def clock_for(device: torch.device) -> CpuClock | CudaClock:

@@ -16,7 +16,7 @@ from llama_adapter_kernels.bench.peer import Peer, Prepared
 Attention = Callable[..., Tensor]
 
 
-class Prompt(torch.nn.Module):
+class Prompt(torch.nn.Module):  # type: ignore[misc]
     """Prompt and gate of one layer. Its keys and values are computed once where no gradient is recorded."""
 
     def __init__(self, prompt: Tensor, gate: Tensor) -> None:
@@ -60,8 +60,8 @@ def register(name: str, attention: Attention) -> str:
 
 
 def two_sdpa(*arguments: Any) -> Tensor:
-    *tensors, scale, _ = arguments
-    return two_calls(*tensors, scale)
+    *tensors, attn_mask, is_causal, scale, _ = arguments
+    return two_calls(*tensors, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
 
 
 @cache
@@ -71,9 +71,9 @@ def ours(backend: str) -> Attention:
         if more.get("cu_seq_lens_q") is None:
             return zero_gate_attention(query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal,
                                        scale=scale, attn_mask=attn_mask, backend=backend)  # fmt: skip
-        packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         output = zero_gate_attention_varlen(
-            *packed, prefix_key, prefix_value, gate, cu_seqlens_q=more["cu_seq_lens_q"],
+            query, key, value, prefix_key, prefix_value, gate, cu_seqlens_q=more["cu_seq_lens_q"],
             cu_seqlens_k=more["cu_seq_lens_k"], max_seqlen_q=more["max_length_q"], max_seqlen_k=more["max_length_k"],
             is_causal=True, scale=scale, backend=backend,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
     length, layers = problem.prompts.shape[1], problem.shape.layers
     config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
     model = get_peft_model(model, config).base_model.model
-    leaves = {}
+    leaves: dict[str, Tensor] = {}
     for number, layer in enumerate(model.model.layers):
         module = layer.self_attn
         with torch.no_grad():

@@ -69,7 +69,8 @@ class OneTokenCache:
         return self._keys, self._values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self._cached
+        cached: int = self._cached
+        return cached
 
 
 def make_model_problem(shape: ModelShape, mode: Mode, dtype: torch.dtype, device: torch.device) -> ModelProblem:

@@ -68,7 +68,10 @@ def _prepare_loop(problem: Problem, backward: bool) -> Prepared:
 
     def call() -> Tensor:
         parts = (tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value))
-        outputs = [two_calls(*part, *prefix, None, True, problem.case.scale) for part in zip(*parts, strict=True)]
+        outputs = [
+            two_calls(*part, *prefix, attn_mask=None, is_causal=True, scale=problem.case.scale)
+            for part in zip(*parts, strict=True)
+        ]
         return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
     return Prepared(call, leaves(problem), problem.doutput)

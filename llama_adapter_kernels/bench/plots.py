@@ -9,7 +9,7 @@ from llama_adapter_kernels.bench import analysis
 from llama_adapter_kernels.bench.results import Measurement, Results
 
 FUSED, TWO, EAGER, PLAIN, OTHER = "#0b6e4f", "#d1812c", "#8c6bb1", "#5b6770", "#b0b7bd"
-_FONT = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lak"}
+_FONT: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lak"}
 _LABELS = {"forward": "Forward", "forward+backward": "Forward + backward", "step": "Training step"}
 _MARKERS = {"attention": "o", "varlen": "s", "decode": "^", "module": "D", "training": "P"}
 

@@ -50,7 +50,8 @@ class Workload(ABC):
     def call(self, prepared: Prepared) -> Callable[[], object]:
         """What is timed: the forward pass, or the forward pass and the gradients of every leaf."""
         if not self.backward:
-            return torch.no_grad()(prepared.call)
+            forward: Callable[[], object] = torch.no_grad()(prepared.call)
+            return forward
         wanted = list(prepared.leaves.values())
 
         def forward_and_backward() -> object:

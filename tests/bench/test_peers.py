@@ -96,7 +96,7 @@ def test_a_prefix_left_out_is_wrong() -> None:
     workload = AttentionWorkload(SMALL["attention"], "forward", "bfloat16", CPU)
     plain = replace(workload.peers[0], prefix=True, prepare=lambda problem, backward: Prepared(
         lambda: attention_peers.two_calls(problem.tensors["query"], problem.tensors["key"], problem.tensors["value"],
-                                          None, None, None, None, True), {}, None))  # fmt: skip
+                                          None, None, None, attn_mask=None, is_causal=True), {}, None))  # fmt: skip
     assert admitted(workload, plain)[1].status == "wrong"
 
 
