@@ -146,9 +146,11 @@ def cases(device_type: str) -> dict[str, BenchCase]:
         ),
         _packed("alpaca-7b", "Alpaca packed, LLaMA-7B", 128 if gpu else 8, (32, 32), 128, quick=True),
         _packed("alpaca-1b", "Alpaca packed, Llama-3.2-1B", 128 if gpu else 8, (32, 8), 64, quick=False),
-        _decode("decode-7b", "LLaMA-7B, 2048 cached", (32, 32), 128, (2048,), quick=True),
-        _decode("decode-8b", "LLaMA-3-8B, 8192 cached", (32, 8), 128, (8192,), quick=False),
-        _decode("decode-8b-batch", "LLaMA-3-8B, 8 sequences", (32, 8), 128, tuple(range(128, 1025, 128)), quick=True),
+        _decode("decode-7b", "Decode, LLaMA-7B, 2048 cached", (32, 32), 128, (2048,), quick=True),
+        _decode("decode-8b", "Decode, LLaMA-3-8B, 8192 cached", (32, 8), 128, (8192,), quick=False),
+        _decode(
+            "decode-8b-batch", "Decode, LLaMA-3-8B, 8 sequences", (32, 8), 128, tuple(range(128, 1025, 128)), quick=True
+        ),
         BenchCase("module-1b", f"Llama-3.2-1B attention module, {sequence} tokens", "module", model=one_b, quick=True),
         BenchCase(
             "module-1b-token",

@@ -159,14 +159,15 @@ def roofline(results: Results) -> Figure | None:
         intensities = [entry.flop / entry.bytes for entry in chosen]
         corner = gemm / memory_ceiling
         low, high = min(*intensities, corner) / 2, max(*intensities, corner) * 2
+        middle = (low * corner) ** 0.5
         axes.plot([low, corner, high], [low * memory_ceiling / 1e9, gemm / 1e9, gemm / 1e9], color="black", linewidth=1)
         axes.annotate(
             f"matrix product {gemm / 1e9:.0f} GFLOP/s", (high, gemm / 1e9), (0, 4), ha="right",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
         axes.annotate(
-            f"memory {memory_ceiling / 1e9:.1f} GB/s", (low, low * memory_ceiling / 1e9), (14, 0),
-            textcoords="offset points", fontsize=8, va="top",
+            f"memory {memory_ceiling / 1e9:.1f} GB/s", (middle, middle * memory_ceiling / 1e9), (-6, 6),
+            textcoords="offset points", fontsize=8, ha="right",
         )  # fmt: skip
         seen: set[tuple[str, str]] = set()
         for entry, intensity in zip(chosen, intensities, strict=True):
