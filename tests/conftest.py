@@ -1,9 +1,16 @@
 """Shared by all tests: one thread per worker, seeds, and the instruction sets this CPU can run."""
 
+import os
+
 import pytest
 import torch
 
 from llama_adapter_kernels import ops
+
+# Tests run side by side, one per core: threads of one test would only wait for those of another. Tests that are about
+# threads set their own number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
