@@ -22,13 +22,21 @@ class CMakeBuild(build_ext):
         try:
             from torch.utils.cpp_extension import include_paths
         except ImportError:
-            sys.exit("llama-adapter-kernels: torch is not installed here; install torch >= 2.11 first and build with "
-                     "--no-build-isolation")
+            sys.exit(
+                "llama-adapter-kernels: torch is not installed here; install torch >= 2.11 first and build with "
+                "--no-build-isolation"
+            )
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # One build tree for every kind of install: repeating a build only compiles what changed.
         build = ROOT / "build" / "cmake"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
             f"-DLAK_TORCH_INCLUDE={include_paths()[0]}",
             f"-DLAK_CUDA={os.environ.get('LAK_CUDA', 'AUTO')}",
         ]

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class AdapterConfig:
     prefix_length: int = 10
     num_layers: int | None = None
     layers: tuple[int, ...] | None = None
-    gate: Literal["tanh", "identity"] = "tanh"
-    gate_shape: Literal["head", "scalar"] = "head"
+    gate: str = "tanh"
+    gate_shape: str = "head"
 
     def __post_init__(self) -> None:
         if self.layers is not None:

@@ -5,6 +5,8 @@ where reading them costs nothing: on the CPU. On a GPU reading them would stall 
 instead, and a prefix_index out of range gives NaN.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,7 @@ def check_prefix(
     check_like("prefix_value", prefix_value, query)
     heads_kv, head_dim = key.shape[1], key.shape[-1]
     if prefix_key.dim() != 4 or prefix_key.shape[1] != heads_kv or prefix_key.shape[3] != head_dim:
-        raise ValueError(
-            f"prefix_key: expected shape [A, {heads_kv}, P, {head_dim}], got {list(prefix_key.shape)}"
-        )
+        raise ValueError(f"prefix_key: expected shape [A, {heads_kv}, P, {head_dim}], got {list(prefix_key.shape)}")
     if prefix_value.shape != prefix_key.shape:
         raise ValueError(
             f"prefix_value: expected the shape {list(prefix_key.shape)} of prefix_key, got {list(prefix_value.shape)}"
@@ -145,7 +145,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, longest: int, lo
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"{name}: expected to begin with 0, got {offsets[0]}")
-    for b, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for b, (begin, end) in enumerate(pairwise(offsets)):
         if end < begin:
             raise ValueError(f"{name}: expected increasing offsets, got {end} after {begin}")
         if end - begin > longest:

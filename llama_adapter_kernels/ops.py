@@ -108,7 +108,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("zero-gate attention has no second derivative (double backward); use backend=\"reference\" for one")
+    raise RuntimeError(
+        'zero-gate attention has no second derivative (double backward); use backend="reference" for one'
+    )
 
 
 def _refuse_gradient_of_decode(ctx: Any, *gradients: Tensor) -> None:

@@ -4,6 +4,7 @@ The rule is FlashAttention's: compare with the reference in float64, and allow t
 the dtype under test, plus twice the rounding of the result itself.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class Case:
         default = Case()
         shape = f"b{self.batch}h{self.heads_q}-{self.heads_kv}s{self.seq_q}-{self.seq_k}d{self.head_dim}"
         shape += f"p{self.prefix_length}"
-        other = [f for f in ("prefix", "gate", "is_causal", "window", "mask", "layout", "lengths", "scale", "seed")]
+        other = ("prefix", "gate", "is_causal", "window", "mask", "layout", "lengths", "scale", "seed")
         return "_".join([shape, *(f"{f}={getattr(self, f)}" for f in other if getattr(self, f) != getattr(default, f))])
 
 
@@ -76,7 +77,8 @@ class Problem:
 
     def forward(self, backend: str) -> Tensor:
         attention = zero_gate_attention if self.case.lengths is None else zero_gate_attention_varlen
-        return attention(**self.tensors, **self.arguments, backend=backend)
+        arguments: dict[str, Any] = {**self.tensors, **self.arguments, "backend": backend}
+        return attention(**arguments)
 
     def backward(self, output: Tensor) -> dict[str, Tensor]:
         """Gradients by name of every tensor that requires one; NaN-free reference for those that got none is zero."""
@@ -135,7 +137,10 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32, device: str | t
             "max_seqlen_q": max((pair[0] for pair in case.lengths or ()), default=0),
             "max_seqlen_k": max((pair[1] for pair in case.lengths or ()), default=0),
         }
-    random_int = lambda low, high: torch.randint(low, high + 1, (batch,), generator=generator, dtype=torch.int32)  # noqa: E731
+
+    def random_int(low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, (batch,), generator=generator, dtype=torch.int32)
+
     if case.window in ("end", "both"):
         arguments["key_end"] = random_int(0, case.seq_k)
     if case.window in ("start", "both"):
@@ -259,7 +264,8 @@ def _gate_summands(problem: Problem) -> float:
         assert exact.doutput is not None
         prefix_output = with_unit_gate.forward("reference") - without.forward("reference")
         # Partial sums over head_dim round too: sqrt(D) / 2 times the roundings of the products themselves.
-        return (exact.doutput * prefix_output).norm().item() * max(1.0, exact.case.head_dim**0.5 / 2)
+        products: float = (exact.doutput * prefix_output).norm().item()
+        return products * max(1.0, math.sqrt(exact.case.head_dim) / 2)
 
 
 def assert_matches_reference(problem: Problem, backend: str, gradients: bool = True) -> None:

@@ -58,7 +58,9 @@ def test_order_of_slots_does_not_matter(backend: str) -> None:
 def test_equals_two_attention_calls(backend: str, gate_value: float) -> None:
     q, k, v, pk, pv, _ = tensors(Case(heads_q=4, heads_kv=2, seq_q=65, seq_k=65))
     two = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    two = two + gate_value * F.scaled_dot_product_attention(q, pk.expand(2, -1, -1, -1), pv.expand(2, -1, -1, -1), enable_gqa=True)
+    two = two + gate_value * F.scaled_dot_product_attention(
+        q, pk.expand(2, -1, -1, -1), pv.expand(2, -1, -1, -1), enable_gqa=True
+    )
     one = zero_gate_attention(q, k, v, pk, pv, torch.tensor(gate_value), is_causal=True, backend=backend)
     torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-5)
 
@@ -95,7 +97,9 @@ def test_shared_prefix_is_the_expanded_one_and_index_is_a_gather(backend: str) -
     gathered = zero_gate_attention(q, k, v, pk[index], pv[index], gate[index], backend=backend)
     assert torch.equal(chosen, gathered)
     shared = zero_gate_attention(q, k, v, pk[:1], pv[:1], gate[0], backend=backend)
-    expanded = zero_gate_attention(q, k, v, pk[:1].expand(4, -1, -1, -1), pv[:1].expand(4, -1, -1, -1), gate[0], backend=backend)
+    expanded = zero_gate_attention(
+        q, k, v, pk[:1].expand(4, -1, -1, -1), pv[:1].expand(4, -1, -1, -1), gate[0], backend=backend
+    )
     assert torch.equal(shared, expanded)
     none = zero_gate_attention(q, k, v, pk, pv, gate, prefix_index=torch.full((4,), -1), backend=backend)
     assert torch.equal(none, zero_gate_attention(q, k, v, None, None, None, backend=backend))

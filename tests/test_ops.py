@@ -84,7 +84,9 @@ def test_second_derivative_raises() -> None:
     "case",
     [
         Case(batch=1, heads_q=2, heads_kv=1, seq_q=4, seq_k=5, head_dim=3, prefix_length=3),
-        Case(batch=3, heads_q=2, heads_kv=2, seq_q=3, seq_k=4, head_dim=2, prefix_length=2, prefix="table", gate="prefix"),
+        Case(
+            batch=3, heads_q=2, heads_kv=2, seq_q=3, seq_k=4, head_dim=2, prefix_length=2, prefix="table", gate="prefix"
+        ),
         Case(batch=2, heads_q=2, heads_kv=1, seq_q=3, seq_k=4, head_dim=3, prefix_length=2, mask="bool", window="both"),
         Case(heads_q=2, heads_kv=1, head_dim=3, prefix_length=2, lengths=((2, 3), (0, 1), (3, 3)), gate="scalar"),
     ],
@@ -126,7 +128,9 @@ def test_prefix_gradients_alone_skip_the_quadratic_part() -> None:
         assert not gradient.isnan().any(), name
 
 
-@pytest.mark.parametrize("case", [Case(seq_q=300, seq_k=300), Case(batch=1, heads_q=2, heads_kv=1, seq_q=700, seq_k=700)])
+@pytest.mark.parametrize(
+    "case", [Case(seq_q=300, seq_k=300), Case(batch=1, heads_q=2, heads_kv=1, seq_q=700, seq_k=700)]
+)
 def test_same_result_every_run_and_for_any_number_of_threads(case: Case) -> None:
     problem = make_problem(case)
     threads = torch.get_num_threads()

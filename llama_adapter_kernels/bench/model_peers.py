@@ -16,7 +16,7 @@ from llama_adapter_kernels.bench.peer import Peer, Prepared
 Attention = Callable[..., Tensor]
 
 
-class Prompt(torch.nn.Module):  # type: ignore[misc]
+class Prompt(torch.nn.Module):
     """Prompt and gate of one layer. Its keys and values are computed once where no gradient is recorded."""
 
     def __init__(self, prompt: Tensor, gate: Tensor) -> None:
@@ -118,6 +118,21 @@ def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
     return finish(model, problem, leaves)
 
 
+def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Prepared:
+    """This package's adapter as users attach it, on the backend that it chooses."""
+    from llama_adapter_kernels import AdapterConfig, attach_adapter
+
+    model = build_model(problem, "sdpa")
+    config = AdapterConfig(prefix_length=problem.prompts.shape[1], gate="identity", gate_shape="scalar")
+    leaves: dict[str, Tensor] = {}
+    for number, layer in attach_adapter(model, config).layers.items():
+        with torch.no_grad():
+            layer.prompt.copy_(problem.prompts[int(number)])
+            layer.gate.copy_(problem.gates[int(number)])
+        leaves |= {f"prompt.{number}": layer.prompt, f"gate.{number}": layer.gate}
+    return finish(model, problem, leaves, packed)
+
+
 def finish(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], packed: bool = False) -> Prepared:
     """The call on a model that is set up: its first attention module, or the loss of the whole model."""
     if problem.mode != "step":
@@ -171,16 +186,23 @@ def _pack(problem: ModelProblem) -> dict[str, Any]:
             "cu_seq_lens_k": offsets, "max_length_q": max(lengths), "max_length_k": max(lengths)}  # fmt: skip
 
 
+def _packed_reason(packed: bool, problem: ModelProblem, backward: bool) -> str | None:
+    return "packs sequences of different lengths; this case has none" if packed and problem.mode != "step" else None
+
+
 def _ours_reason(backend: str, packed: bool, problem: ModelProblem, backward: bool) -> str | None:
-    if packed and problem.mode != "step":
-        return "packs sequences of different lengths; this case has none"
-    return backends.unavailable_reason(backend, problem.device)
+    return _packed_reason(packed, problem, backward) or backends.unavailable_reason(backend, problem.device)
 
 
 MODEL: list[Peer[ModelProblem]] = [
     Peer("sdpa", "no adapter, plain SDPA", _prepare_plain, prefix=False, quick=True),
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_hook, "two-sdpa", two_sdpa, False), quick=True),
     Peer("peft", "PEFT AdaptionPrompt", _prepare_peft, quick=True),
+    *(
+        Peer(f"ours-adapter{'-packed' if packed else ''}", f"attach_adapter{', packed' if packed else ''}",
+             partial(_prepare_adapter, packed), ours=True, quick=True, reason=partial(_packed_reason, packed))
+        for packed in (False, True)
+    ),
     *(
         Peer(f"ours-{backend}{'-packed' if packed else ''}", f"fused ({backend}{', packed' if packed else ''})",
              partial(_prepare_hook, f"ours-{backend}", ours(backend), packed), ours=True, quick=backend != "reference",

@@ -144,6 +144,10 @@ def attention(
         output = _packed(query, key, value, prefix_key, prefix_value, gate, scaling, kwargs)
         return output, None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        # transformers leaves the mask out here only for the first pass into a static cache, counting on an alignment at the
+        # top left: the keys behind the queries are empty slots.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     needs_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (query, key, value, prefix_key, gate)
     )
@@ -164,8 +168,9 @@ def _packed(
     """Packed sequences [1, H, T, D] that do not see each other."""
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected one row of packed sequences, got a batch of {query.shape[0]}")
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = zero_gate_attention_varlen(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)), prefix_key, prefix_value, gate,
+        query, key, value, prefix_key, prefix_value, gate,
         cu_seqlens_q=kwargs["cu_seq_lens_q"], cu_seqlens_k=kwargs["cu_seq_lens_k"],
         max_seqlen_q=int(kwargs["max_length_q"]), max_seqlen_k=int(kwargs["max_length_k"]), is_causal=True, scale=scaling,
     )  # fmt: skip
