@@ -158,7 +158,7 @@ def roofline(results: Results) -> Figure | None:
         gemm = analysis.compute_ceiling(results.ceilings, dtype) or 1.0
         intensities = [entry.flop / entry.bytes for entry in chosen]
         corner = gemm / memory_ceiling
-        low, high = min(*intensities, corner) / 2, max(*intensities, corner) * 2
+        low, high = min(*intensities, corner) / 4, max(*intensities, corner) * 2
         middle = (low * corner) ** 0.5
         axes.plot([low, corner, high], [low * memory_ceiling / 1e9, gemm / 1e9, gemm / 1e9], color="black", linewidth=1)
         axes.annotate(
