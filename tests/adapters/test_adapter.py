@@ -70,7 +70,7 @@ def test_the_prefix_branch_is_the_paper_s(name: str) -> None:
         layer.gate.zero_()
     queries: list[Tensor] = []
     original = lak.zero_gate_attention
-    import llama_adapter_kernels.integrations.transformers as integration
+    import llama_adapter_kernels.integrations.transformers_attention as integration
 
     def spy(query: Tensor, *args: object, **kwargs: object) -> Tensor:
         queries.append(query)

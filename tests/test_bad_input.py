@@ -1,0 +1,132 @@
+"""Bad input raises an error that names the argument, what was expected and what came: from the functions and the raw ops."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
+
+
+def good() -> dict[str, Any]:
+    """A valid call: 2 sequences, 4/2 heads, 5 tokens, head_dim 8, 3 prefix slots."""
+    return {
+        "query": torch.randn(2, 4, 5, 8), "key": torch.randn(2, 2, 5, 8), "value": torch.randn(2, 2, 5, 8),
+        "prefix_key": torch.randn(1, 2, 3, 8), "prefix_value": torch.randn(1, 2, 3, 8), "gate": torch.randn(4),
+    }  # fmt: skip
+
+
+PADDED = [
+    ({"query": torch.randn(4, 5, 8)}, r"query: expected 4 dimensions .*, got shape \[4, 5, 8\]"),
+    ({"query": torch.randn(2, 3, 5, 8)}, "key: expected a number of heads that divides the 3 of query, got 2"),
+    ({"query": torch.randn(3, 4, 5, 8)}, "key: expected the batch size 3 of query, got 2"),
+    ({"query": torch.randn(2, 4, 5, 9)}, "key: expected the head_dim 9 of query, got 8"),
+    ({"key": torch.randn(2, 2, 6, 8)}, r"value: expected the shape \[2, 2, 6, 8\] of key, got \[2, 2, 5, 8\]"),
+    ({"key": torch.randn(2, 2, 5, 8).half()}, "key: expected the dtype torch.float32 of query, got torch.float16"),
+    ({"value": torch.randn(2, 2, 5, 8, device="meta")}, "value: expected the device cpu of query, got meta"),
+    ({"query": torch.ones(2, 4, 5, 8, dtype=torch.int32)}, "key: expected the dtype torch.int32"),
+    ({"prefix_key": None}, "expected all three or None for all three"),
+    ({"prefix_key": torch.randn(3, 2, 3, 8), "prefix_value": torch.randn(3, 2, 3, 8)},
+     r"prefix_key: expected a first dimension of 1 \(shared\) or 2 \(one per sequence\), got 3"),
+    ({"prefix_key": torch.randn(1, 4, 3, 8)}, r"prefix_key: expected shape \[A, 2, P, 8\], got \[1, 4, 3, 8\]"),
+    ({"prefix_value": torch.randn(1, 2, 4, 8)}, r"prefix_value: expected the shape \[1, 2, 3, 8\] of prefix_key"),
+    ({"prefix_value": torch.randn(1, 2, 3, 8).double()}, "prefix_value: expected the dtype torch.float32 of query"),
+    ({"gate": torch.randn(5)}, r"gate: expected a scalar, \[4\] .* got shape \[5\]"),
+    ({"gate": torch.ones(4, dtype=torch.int64)}, "gate: expected a floating dtype, got torch.int64"),
+    ({"prefix_index": torch.tensor([0, 1])}, "prefix_index: expected values from -1 to 0, got 1 at position 1"),
+    ({"prefix_index": torch.tensor([0, -2])}, "prefix_index: expected values from -1 to 0, got -2 at position 1"),
+    ({"prefix_index": torch.tensor([0])}, r"prefix_index: expected shape \[2\], got \[1\]"),
+    ({"prefix_index": torch.tensor([0.0, 0.0])}, "prefix_index: expected int32 or int64, got torch.float32"),
+    ({"key_end": torch.tensor([5, 6])}, "key_end: expected values from 0 to 5, got 6 at position 1"),
+    ({"key_start": torch.tensor([-1, 0])}, "key_start: expected values from 0 to 5, got -1 at position 0"),
+    ({"key_end": torch.tensor([[5, 5]])}, r"key_end: expected shape \[2\], got \[1, 2\]"),
+    ({"attn_mask": torch.ones(5, 4, dtype=torch.bool)}, r"attn_mask: expected a shape that broadcasts to \[2, 4, 5, 5\]"),
+    ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, "attn_mask: expected bool or a floating dtype"),
+    ({"attn_mask": torch.zeros(5, 5, requires_grad=True)}, "attn_mask: expected a mask without gradient"),
+    ({"backend": "tpu"}, "backend: expected one of cpu, cuda, triton, reference, got 'tpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("change", "message"), PADDED, ids=lambda value: value if isinstance(value, str) else "")
+def test_padded(change: dict[str, Any], message: str, backend: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        zero_gate_attention(**{"backend": backend} | good() | change)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens_q": torch.tensor([0, 3, 2, 5])}, "cu_seqlens_q: expected increasing offsets, got 2 after 3"),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 3, 6, 9])},
+            "cu_seqlens_k: expected to end within the 7 packed tokens, got 9",
+        ),
+        ({"cu_seqlens_q": torch.tensor([1, 2, 4, 7])}, "cu_seqlens_q: expected to begin with 0, got 1"),
+        ({"cu_seqlens_q": torch.tensor([0, 7])}, r"cu_seqlens_k: expected shape \[2\], got \[4\]"),
+        ({"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, the length of sequence 2, got 2"),
+        ({"max_seqlen_k": -1}, "max_seqlen_k: expected >= 0, got -1"),
+        ({"query": torch.randn(1, 4, 7, 8)}, r"query: expected 3 dimensions \[T, H, D\]"),
+        (
+            {"prefix_key": torch.randn(2, 2, 3, 8), "prefix_value": torch.randn(2, 2, 3, 8)},
+            "prefix_key: expected a first",
+        ),
+    ],
+)
+def test_packed(change: dict[str, Any], message: str, backend: str) -> None:
+    arguments = {
+        "query": torch.randn(7, 4, 8), "key": torch.randn(7, 2, 8), "value": torch.randn(7, 2, 8),
+        "prefix_key": torch.randn(1, 2, 3, 8), "prefix_value": torch.randn(1, 2, 3, 8), "gate": torch.randn(4),
+        "cu_seqlens_q": torch.tensor([0, 2, 4, 7]), "cu_seqlens_k": torch.tensor([0, 2, 4, 7]), "max_seqlen_q": 3,
+        "max_seqlen_k": 3, "backend": backend,
+    }  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        zero_gate_attention_varlen(**arguments | change)
+
+
+def test_decode_has_no_gradient() -> None:
+    q, k, v, pk, pv, gate = good().values()
+    with pytest.raises(ValueError, match="gate: expected no gradient"):
+        zero_gate_decode(q, k, v, None, pk, pv, gate.requires_grad_())
+    with pytest.raises((ValueError, RuntimeError), match=r"expected values from 0 to 5, got 9 at position 1"):
+        zero_gate_decode(q, k, v, torch.tensor([1, 9]), pk, pv, gate.detach())
+
+
+def raw(**change: Any) -> list[Any]:
+    a = good() | {"gate": torch.randn(1, 4)} | dict.fromkeys(
+        ("attn_mask", "key_start", "key_end", "prefix_index", "cu_seqlens_q", "cu_seqlens_k")
+    )  # fmt: skip
+    return [*(a | change).values(), 0, 0, 0.3, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(4, 5, 8)}, "query: expected 4 dimensions"),
+        ({"key": torch.randn(2, 2, 5, 7)}, "key: expected shape"),
+        ({"key": torch.randn(2, 3, 5, 8), "value": torch.randn(2, 3, 5, 8)}, "key: expected a number of heads"),
+        ({"value": torch.randn(2, 2, 4, 8)}, "value: expected shape"),
+        ({"value": torch.randn(2, 2, 5, 8).double()}, "value: expected the dtype of query"),
+        ({"prefix_value": None}, "expected all three or none"),
+        ({"prefix_key": torch.randn(3, 2, 3, 8), "prefix_value": torch.randn(3, 2, 3, 8), "gate": torch.randn(3, 4)},
+         "prefix_key: expected a first dimension of 1 or 2"),
+        ({"gate": torch.randn(4)}, "gate: expected shape"),
+        ({"gate": torch.randn(1, 4).half()}, "gate: expected float32"),
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "attn_mask: expected shape"),
+        ({"key_end": torch.tensor([5, 6], dtype=torch.int32)}, "key_end: expected values from 0 to 5, got 6"),
+        ({"key_end": torch.tensor([5, 5])}, "key_end: expected int32"),
+        ({"prefix_index": torch.tensor([7, 0], dtype=torch.int32)}, "prefix_index: expected values from -1 to 0, got 7"),
+        ({"cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32)}, "expected both or neither"),
+    ],
+)  # fmt: skip
+def test_raw_op(change: dict[str, Tensor | None], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.llama_adapter_kernels.forward(*raw(**change))
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAK_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match=r"LAK_CPU_ISA: expected one of baseline.*got mmx"):
+        torch.ops.llama_adapter_kernels.forward(*raw())
