@@ -1,0 +1,390 @@
+#include "machine.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+
+namespace emulator {
+namespace {
+
+thread_local Block* active = nullptr;
+uint64_t current_seed = 0;
+Counts current_counts;
+
+// Stacks of up to 1024 fibers, mapped once: pages that no fiber touches cost nothing.
+uint8_t* stack_of(unsigned number) {
+  static uint8_t* stacks = [] {
+    void* memory = mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for the stacks of the threads");
+    return static_cast<uint8_t*>(memory);
+  }();
+  return stacks + number * kStackBytes;
+}
+
+std::string place(const Where& where) {
+  std::string file = where.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+
+std::string text(Index i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+}  // namespace
+
+Block& active_block() {
+  if (active == nullptr) throw std::runtime_error("emulator: device code was called outside of a launch");
+  return *active;
+}
+Block* active_block_or_null() { return active; }
+Counts& counts() { return current_counts; }
+void set_seed(uint64_t seed) { current_seed = seed; }
+
+Block::Block(const Launch& launch, Index block_index, uint64_t seed)
+    : launch_(launch), index_(block_index), random_(seed * 0x9e3779b97f4a7c15ULL + 0x632be59bd9b4e019ULL), policy_(seed % 3) {
+  const unsigned count = launch.block.x * launch.block.y * launch.block.z;
+  threads_.resize(count);
+  rendezvous_.resize((count + 31) / 32);
+  warp_epochs_.assign((count + 31) / 32, 1);
+  barriers_.resize(16);
+  shared_.assign(launch.shared_bytes, 0xff);  // NaN in every floating-point type
+  words_.resize((launch.shared_bytes + 3) / 4);
+  alive_ = count;
+  for (unsigned n = 0; n < count; ++n) {
+    Thread& t = threads_[n];
+    t.number = n;
+    t.lane = n % 32;
+    t.warp = n / 32;
+    t.index = {n % launch.block.x, n / launch.block.x % launch.block.y, n / launch.block.x / launch.block.y};
+    make_fiber(t.fiber, stack_of(n), &Block::enter, &t);
+    runnable_.push_back(n);
+  }
+}
+
+void Block::enter(void* argument) {
+  Block& block = *active;
+  Thread& thread = *static_cast<Thread*>(argument);
+  block.launch_.body();
+  thread.finished = true;
+  --block.alive_;
+  switch_fiber(thread.fiber, block.scheduler_);
+}
+
+unsigned Block::pick() {
+  random_ ^= random_ << 13;
+  random_ ^= random_ >> 7;
+  random_ ^= random_ << 17;
+  // Three tempers: any fiber; the one that was woken last (a warp runs far ahead of the others); the one that has
+  // waited longest (all go in step). Now and then each does something else.
+  size_t position = random_ % runnable_.size();
+  if (policy_ != 0 && (random_ >> 32) % 16 != 0) position = policy_ == 1 ? runnable_.size() - 1 : 0;
+  const unsigned number = runnable_[position];
+  if (policy_ == 2 && position == 0) {
+    runnable_.erase(runnable_.begin());
+  } else {
+    runnable_[position] = runnable_.back();
+    runnable_.pop_back();
+  }
+  return number;
+}
+
+void Block::run() {
+  active = this;
+  while (alive_ > 0 && error_.empty()) {
+    if (runnable_.empty()) {
+      report_stuck();
+      break;
+    }
+    current_ = &threads_[pick()];
+    switch_fiber(scheduler_, current_->fiber);
+  }
+  active = nullptr;
+  // Fibers that still wait are dropped with their stacks: device code owns nothing.
+  if (!error_.empty()) throw std::runtime_error(error_);
+}
+
+void Block::fail(const std::string& what, Where where) {
+  std::ostringstream report;
+  report << what << "\n  at " << place(where) << " by thread " << text(current_->index) << " (warp " << current_->warp
+         << ", lane " << current_->lane << ") of block " << text(index_) << "\n  kernel " << launch_.kernel;
+  if (error_.empty()) error_ = report.str();
+  switch_fiber(current_->fiber, scheduler_);
+  __builtin_unreachable();
+}
+
+void Block::report_stuck() {
+  // Who waits where, as "threads 0-31 wait at kernel.cu:12 for __syncthreads".
+  std::map<std::string, std::vector<unsigned>> groups;
+  bool barrier = false;
+  for (const Thread& t : threads_) {
+    barrier = barrier || (!t.finished && std::string(t.waits_for) == "barrier");
+    groups[t.finished ? "have finished" : "wait at " + place(t.where) + " for " + t.waits_for].push_back(t.number);
+  }
+  std::ostringstream report;
+  report << (barrier ? "divergent barrier: not every thread reaches it" : "deadlock: every thread waits");
+  for (const auto& [state, numbers] : groups) {
+    report << "\n  threads ";
+    for (size_t i = 0; i < numbers.size();) {
+      size_t j = i;
+      while (j + 1 < numbers.size() && numbers[j + 1] == numbers[j] + 1) ++j;
+      report << (i ? ", " : "") << numbers[i];
+      if (j > i) report << "-" << numbers[j];
+      i = j + 1;
+    }
+    report << " " << state;
+  }
+  report << "\n  in block " << text(index_) << "\n  kernel " << launch_.kernel;
+  error_ = report.str();
+}
+
+void Block::wait(const char* reason, Where where) {
+  current_->waits_for = reason;
+  current_->where = where;
+  switch_fiber(current_->fiber, scheduler_);
+}
+
+void Block::wake(unsigned number) {
+  threads_[number].waits_for = nullptr;
+  runnable_.push_back(number);
+}
+
+void Block::barrier(unsigned id, unsigned count, Where where) {
+  if (id >= barriers_.size()) fail("barrier id out of range: " + std::to_string(id), where);
+  if (count % 32 != 0 && count != threads_.size()) fail("barrier for a number of threads that is no multiple of 32", where);
+  Barrier& barrier = barriers_[id];
+  if (barrier.waiting.empty()) {
+    barrier.expected = count;
+    barrier.where = where;
+  } else if (barrier.expected != count) {
+    fail("barrier " + std::to_string(id) + ": threads disagree about how many take part", where);
+  } else if (barrier.where.line() != where.line() || std::strcmp(barrier.where.file_name(), where.file_name()) != 0) {
+    fail("divergent barrier: some threads wait at " + place(barrier.where) + ", this one came to another", where);
+  }
+  barrier.waiting.push_back(current_->number);
+  if (barrier.waiting.size() < count) {
+    wait("barrier", where);
+    return;
+  }
+  ++current_counts.barriers;
+  if (count == threads_.size()) {
+    ++epoch_;
+  } else {
+    partial_barriers_used_ = true;
+  }
+  std::vector<unsigned> waiting;
+  waiting.swap(barrier.waiting);
+  for (unsigned number : waiting) {
+    if (number != current_->number) wake(number);
+  }
+  // The last to arrive has no right to go on first.
+  runnable_.push_back(current_->number);
+  switch_fiber(current_->fiber, scheduler_);
+}
+
+void Block::collective(const char* instruction, uint32_t mask, void* arguments, void (*execute)(void**), Where where) {
+  Thread& me = *current_;
+  Rendezvous& meeting = rendezvous_[me.warp];
+  if ((mask >> me.lane & 1) == 0) fail(std::string(instruction) + ": the calling lane is not in the mask", where);
+  if (meeting.arrived == 0) {
+    meeting.mask = mask;
+    meeting.instruction = instruction;
+  } else if (meeting.mask != mask || std::strcmp(meeting.instruction, instruction) != 0) {
+    fail(std::string("divergent warp: some lanes wait in ") + meeting.instruction + ", this one came to " + instruction, where);
+  }
+  meeting.arguments[me.lane] = arguments;
+  meeting.arrived |= 1u << me.lane;
+  if (meeting.arrived != mask) {
+    wait(instruction, where);
+    return;
+  }
+  execute(meeting.arguments);
+  meeting.arrived = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    meeting.arguments[lane] = nullptr;
+    if ((mask >> lane & 1) != 0 && lane != me.lane) wake(me.warp * 32 + lane);
+  }
+}
+
+void Block::warp_sync(uint32_t mask, Where where) {
+  collective("__syncwarp", mask, nullptr, [](void**) {
+    Block& block = *active;
+    ++block.warp_epochs_[block.current_->warp];
+  }, where);
+}
+
+uint8_t* Block::shared(uint32_t address, uint32_t bytes, const char* access, Where where) {
+  if (address < kSharedBase || static_cast<uint64_t>(address) + bytes > static_cast<uint64_t>(kSharedBase) + shared_.size()) {
+    fail(std::string("out of bounds: ") + access + " of " + std::to_string(bytes) + " bytes at offset " +
+             std::to_string(static_cast<int64_t>(address) - kSharedBase) + " of " + std::to_string(shared_.size()) +
+             " bytes of shared memory", where);
+  }
+  if (address % bytes != 0) fail(std::string("misaligned ") + access + " of shared memory", where);
+  return shared_.data() + (address - kSharedBase);
+}
+
+// True when an earlier access by `who` may happen at the same time as one by the current thread.
+bool Block::unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const {
+  if (epoch != epoch_ || partial_barriers_used_) return false;
+  if (who == kSeveralWarps) return true;
+  const bool several = (who & kSeveralInWarp) != 0;
+  const unsigned warp = several ? who & ~kSeveralInWarp : who / 32;
+  if (warp != current_->warp) return true;
+  return (several || who != current_->number) && warp_epoch == warp_epochs_[warp];
+}
+
+void Block::report_race(const char* kind, uint16_t other, uint32_t address, Where where) {
+  std::string who = other == kSeveralWarps                 ? "threads of several warps"
+                    : (other & kSeveralInWarp) != 0 ? "threads of warp " + std::to_string(other & ~kSeveralInWarp)
+                                                    : "thread " + std::to_string(other);
+  fail(std::string("race in shared memory: ") + kind + " at offset " + std::to_string(address - kSharedBase) +
+           ", no barrier since the access by " + who, where);
+}
+
+void Block::note_read(uint32_t address, uint32_t bytes, Where where) {
+  const uint32_t warp_epoch = warp_epochs_[current_->warp];
+  for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
+    Word& word = words_[(a - kSharedBase) / 4];
+    if (word.copies_in_flight != 0) fail("read of shared memory before the wait for its cp.async", where);
+    if (unordered(word.writer, word.write_epoch, word.write_warp_epoch)) {
+      report_race("read after write", word.writer, a, where);
+    }
+    uint16_t reader = current_->number;
+    if (word.read_epoch == epoch_ && word.reader != reader) {
+      const bool several = (word.reader & kSeveralInWarp) != 0;
+      const unsigned warp = several ? word.reader & ~kSeveralInWarp : word.reader / 32;
+      if (word.reader == kSeveralWarps || warp != current_->warp) {
+        reader = kSeveralWarps;
+      } else if (word.read_warp_epoch == warp_epoch) {
+        reader = kSeveralInWarp | current_->warp;
+      }
+    }
+    word.reader = reader;
+    word.read_epoch = epoch_;
+    word.read_warp_epoch = warp_epoch;
+  }
+}
+
+void Block::note_write(uint32_t address, uint32_t bytes, Where where) {
+  for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
+    Word& word = words_[(a - kSharedBase) / 4];
+    if (word.copies_in_flight != 0) fail("write to shared memory while a cp.async to it is in flight", where);
+    if (bytes >= 4 && unordered(word.writer, word.write_epoch, word.write_warp_epoch)) {
+      report_race("write after write", word.writer, a, where);
+    }
+    if (unordered(word.reader, word.read_epoch, word.read_warp_epoch)) report_race("write after read", word.reader, a, where);
+    word.writer = current_->number;
+    word.write_epoch = epoch_;
+    word.write_warp_epoch = warp_epochs_[current_->warp];
+  }
+}
+
+void Block::read_shared(uint32_t address, void* target, uint32_t bytes, Where where) {
+  const uint8_t* data = shared(address, bytes, "read", where);
+  note_read(address, bytes, where);
+  std::memcpy(target, data, bytes);
+}
+
+void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, Where where) {
+  uint8_t* data = shared(address, bytes, "write", where);
+  note_write(address, bytes, where);
+  std::memcpy(data, source, bytes);
+}
+
+void Block::issue_copy(uint32_t target, const void* source, Where where) {
+  shared(target, 16, "cp.async", where);
+  if (source != nullptr) check_global(source, 16, false, where);
+  // It may land at any time from now on: whoever still reads there races with it.
+  note_write(target, 16, where);
+  for (uint32_t a = target; a < target + 16; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
+  current_->open_group.push_back({target, source, where});
+  ++current_counts.cp_async;
+}
+
+void Block::commit_copies() {
+  current_->copies.push_back(std::move(current_->open_group));
+  current_->open_group.clear();
+}
+
+void Block::wait_copies(unsigned left) {
+  auto& groups = current_->copies;
+  const size_t land = groups.size() > left ? groups.size() - left : 0;
+  for (size_t g = 0; g < land; ++g) {
+    for (const Copy& copy : groups[g]) {
+      for (uint32_t a = copy.target; a < copy.target + 16; a += 4) --words_[(a - kSharedBase) / 4].copies_in_flight;
+      note_write(copy.target, 16, copy.where);
+      uint8_t* data = shared(copy.target, 16, "cp.async", copy.where);
+      if (copy.source != nullptr) {
+        std::memcpy(data, copy.source, 16);
+      } else {
+        std::memset(data, 0, 16);
+      }
+    }
+  }
+  groups.erase(groups.begin(), groups.begin() + land);
+}
+
+void run(const Launch& launch) {
+  if (active != nullptr) throw std::runtime_error("emulator: a launch from device code");
+  const uint64_t threads = static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
+  if (threads == 0 || threads > 1024) throw std::runtime_error("emulator: invalid number of threads per block in " + launch.kernel);
+  const uint64_t count = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
+  if (count == 0 || launch.grid.y > 65535 || launch.grid.z > 65535) {
+    throw std::runtime_error("emulator: invalid grid in " + launch.kernel);
+  }
+  std::vector<uint64_t> order(count);
+  for (uint64_t i = 0; i < count; ++i) order[i] = i;
+  uint64_t random = current_seed * 2862933555777941757ULL + 3037000493ULL;
+  for (uint64_t i = count; i > 1; --i) {
+    random = random * 6364136223846793005ULL + 1442695040888963407ULL;
+    std::swap(order[i - 1], order[(random >> 33) % i]);
+  }
+  for (uint64_t flat : order) {
+    const Index index{static_cast<unsigned>(flat % launch.grid.x), static_cast<unsigned>(flat / launch.grid.x % launch.grid.y),
+                      static_cast<unsigned>(flat / launch.grid.x / launch.grid.y)};
+    Block(launch, index, current_seed + 3 * flat).run();
+  }
+}
+
+// ---- global memory ----
+namespace {
+struct Range {
+  std::string name;
+  uint64_t begin, end;
+  bool writable;
+};
+std::vector<Range> ranges;
+}  // namespace
+
+void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable) {
+  const auto begin = reinterpret_cast<uint64_t>(data);
+  if (bytes > 0) ranges.push_back({name, begin, begin + bytes, writable});
+}
+
+void forget_memory() { ranges.clear(); }
+
+void check_global(const void* address, uint64_t bytes, bool write, Where where) {
+  const auto begin = reinterpret_cast<uint64_t>(address);
+  Block& block = active_block();
+  if (begin % bytes != 0) block.fail("misaligned access of " + std::to_string(bytes) + " bytes of global memory", where);
+  const Range* nearest = nullptr;
+  for (const Range& range : ranges) {
+    if (begin >= range.begin && begin + bytes <= range.end) {
+      if (write && !range.writable) block.fail("write to " + range.name + ", which is only to be read", where);
+      return;
+    }
+    if (begin + 4096 >= range.begin && begin < range.end + 4096) nearest = &range;
+  }
+  std::string what = std::string("out of bounds: ") + (write ? "write" : "read") + " of " + std::to_string(bytes) +
+                     " bytes of global memory";
+  if (nearest != nullptr) {
+    what += ", " + std::to_string(static_cast<int64_t>(begin - nearest->begin)) + " bytes from the beginning of " + nearest->name +
+            " (" + std::to_string(nearest->end - nearest->begin) + " bytes)";
+  }
+  block.fail(what, where);
+}
+
+}  // namespace emulator

@@ -1,0 +1,149 @@
+// One thread block of a GPU, run by fibers: a fiber per CUDA thread, warps that meet for collective instructions, barriers
+// that check who is missing, shared memory that remembers who touched what.
+//
+// A fiber runs until it waits (barrier, warp collective) or ends; then another runnable one is picked by the seed. So a
+// missing barrier is no matter of luck with timing: the reader finds NaN, and the shadow of shared memory reports the race.
+// Adding an asynchronous engine (mbarrier, TMA, wgmma) means: a queue of operations beside `Thread::copies`, landed by its
+// own wait, and a predicate for wait_until().
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+namespace emulator {
+
+using Where = std::source_location;
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// A cp.async that was issued and has not landed.
+struct Copy {
+  uint32_t target;
+  const void* source;  // nullptr: zero fill
+  Where where;
+};
+
+struct Thread {
+  Fiber fiber;
+  Index index;
+  unsigned number = 0;  // within the block
+  unsigned lane = 0, warp = 0;
+  bool finished = false;
+  const char* waits_for = nullptr;  // nullptr: runnable
+  Where where;
+  std::vector<Copy> open_group;               // issued, not committed
+  std::vector<std::vector<Copy>> copies;      // committed groups, oldest first
+};
+
+// Lanes meet here for one warp-wide instruction; the last to come executes it for all.
+struct Rendezvous {
+  uint32_t mask = 0, arrived = 0;
+  const char* instruction = nullptr;
+  void* arguments[32] = {};
+};
+
+struct Barrier {
+  unsigned expected = 0;
+  std::vector<unsigned> waiting;
+  Where where;
+};
+
+// What the accesses of one 4-byte word of shared memory were, to find two that no barrier orders.
+struct Word {
+  uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+  uint16_t writer = 0, reader = 0;  // thread number, or one of the values below
+  uint16_t copies_in_flight = 0;
+};
+constexpr uint16_t kSeveralInWarp = 0x8000;  // + warp
+constexpr uint16_t kSeveralWarps = 0xffff;
+
+struct Launch {
+  std::string kernel;
+  Index grid, block;
+  uint32_t shared_bytes = 0;
+  std::function<void()> body;
+};
+
+class Block {
+ public:
+  Block(const Launch& launch, Index block_index, uint64_t seed);
+  void run();  // throws std::runtime_error with the report of what went wrong
+
+  Thread& thread() { return *current_; }
+  const Launch& launch() const { return launch_; }
+  Index index() const { return index_; }
+
+  void barrier(unsigned id, unsigned threads, Where where);
+  void warp_sync(uint32_t mask, Where where);
+  // Every lane of `mask` brings its arguments; `execute` sees those of all lanes (nullptr outside of the mask).
+  void collective(const char* instruction, uint32_t mask, void* arguments, void (*execute)(void**), Where where);
+
+  void read_shared(uint32_t address, void* target, uint32_t bytes, Where where);
+  void write_shared(uint32_t address, const void* source, uint32_t bytes, Where where);
+  void issue_copy(uint32_t target, const void* source, Where where);
+  void commit_copies();
+  void wait_copies(unsigned groups_left_in_flight);
+
+  // Stops the block: the report names kernel, block, thread and source line.
+  [[noreturn]] void fail(const std::string& what, Where where);
+
+  static constexpr uint32_t kSharedBase = 1024;  // address 0 is no valid one, and 1024-byte alignment can be relied on
+
+ private:
+  static void enter(void* thread);
+  void wait(const char* reason, Where where);
+  void wake(unsigned number);
+  unsigned pick();
+  void report_stuck();
+  uint8_t* shared(uint32_t address, uint32_t bytes, const char* access, Where where);
+  void note_read(uint32_t address, uint32_t bytes, Where where);
+  void note_write(uint32_t address, uint32_t bytes, Where where);
+  bool unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const;
+  [[noreturn]] void report_race(const char* kind, uint16_t other, uint32_t address, Where where);
+
+  const Launch& launch_;
+  Index index_;
+  std::vector<Thread> threads_;
+  std::vector<unsigned> runnable_;
+  std::vector<Rendezvous> rendezvous_;  // per warp
+  std::vector<Barrier> barriers_;
+  std::vector<uint8_t> shared_;
+  std::vector<Word> words_;
+  std::vector<uint32_t> warp_epochs_;
+  uint32_t epoch_ = 1;
+  bool partial_barriers_used_ = false;  // then epochs do not order all accesses, and races are not searched
+  Thread* current_ = nullptr;
+  Fiber scheduler_;
+  uint64_t random_;
+  int policy_;
+  unsigned alive_ = 0;
+  std::string error_;
+};
+
+// The block that runs on this thread of the host.
+Block& active_block();
+Block* active_block_or_null();
+
+// Runs all blocks of a launch, in an order that depends on the seed.
+void run(const Launch& launch);
+void set_seed(uint64_t seed);
+
+// ---- global memory: nothing but what was registered may be touched through the access wrappers ----
+void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable);
+void forget_memory();
+void check_global(const void* address, uint64_t bytes, bool write, Where where);
+
+// ---- statistics of the launches since the last call, for the predicted costs of a kernel ----
+struct Counts {
+  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
+};
+Counts& counts();
+
+}  // namespace emulator
