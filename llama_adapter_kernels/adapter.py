@@ -6,14 +6,15 @@ the prefix of its attention; the gate, zero at first, decides how much of it is 
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from llama_adapter_kernels.prefix_cache import Prefix, PrefixCache, inference_settings
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -61,7 +62,7 @@ class AdapterConfig:
         """
         if self.layers is not None:
             wrong = [layer for layer in self.layers if not 0 <= layer < total]
-            if wrong or len(set(self.layers)) != len(self.layers):
+            if wrong or not self.layers or len(set(self.layers)) != len(self.layers):
                 raise ValueError(f"layers: expected different numbers from 0 to {total - 1}, got {list(self.layers)}")
             return tuple(sorted(self.layers))
         count = total if self.num_layers is None else self.num_layers
@@ -76,34 +77,65 @@ class AdapterLayer(nn.Module):
     def __init__(self, config: AdapterConfig, hidden_size: int, num_heads: int, device: torch.device) -> None:
         super().__init__()
         gates = num_heads if config.gate_shape == "head" else 1
+        self.num_heads = num_heads
         self.prompt = nn.Parameter(torch.randn(config.prefix_length, hidden_size, device=device, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(gates, device=device, dtype=torch.float32))
         self.activation = config.gate
-        self._cache_key: tuple[Any, ...] = ()
-        self._cache: tuple[Tensor, Tensor, Tensor] | None = None
+        self._cache = PrefixCache()
 
     def effective_gate(self) -> Tensor:
         """What multiplies the prefix branch: tanh(gate) or gate, [heads] or [1], float32."""
         return torch.tanh(self.gate) if self.activation == "tanh" else self.gate
 
     def prefix(
-        self, project: Callable[[Tensor], tuple[Tensor, Tensor]], parameters: Callable[[], Any], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(prefix_key, prefix_value [1, Hkv, P, D], gate) of this layer.
+        self,
+        project: Callable[[Tensor], tuple[Tensor, Tensor]],
+        sources: Callable[[], Sequence[Tensor] | None],
+        query: Tensor,
+    ) -> Prefix:
+        """(prefix_key, prefix_value [1, Hkv, P, D], gate [1, Hq]) of this layer, for attention with `query`.
 
-        Without gradients they are computed once and again after any change of the prompt, the gate or `parameters()`,
-        the weights behind `project`. With gradients nothing is kept, so nothing stale can be trained on.
+        Args:
+            project: from the prompt, in query's dtype, to prefix_key and prefix_value.
+            sources: the tensors behind `project`; None if more than tensors decides about its results.
+            query: [B, Hq, Sq, D].
+
+        In evaluation without gradients the prefix is computed once, and again after any change of the prompt, the gate
+        or `sources()`. Otherwise nothing is kept, so nothing stale can be trained on.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (*project(self.prompt.to(dtype)), self.effective_gate())
-        watched = (self.prompt, self.gate, *parameters())
-        if any(tensor.is_inference() for tensor in watched):  # these have no version to watch
-            return (*project(self.prompt.to(dtype)), self.effective_gate())
-        key = (dtype, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in watched))
-        if self._cache is None or key != self._cache_key:
-            self._cache = (*project(self.prompt.to(dtype)), self.effective_gate())
-            self._cache_key = key
-        return self._cache
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                self._cache.clear()
+            return self._compute(project, query.dtype)
+        weights = sources()
+        if weights is None:
+            return self._compute(project, query.dtype)
+        watched, settings = (self.prompt, self.gate, *weights), inference_settings(query)
+        prefix = self._cache.get(watched, settings)
+        if prefix is None:
+            prefix = self._compute(project, query.dtype)
+            self._cache.keep(watched, settings, prefix)
+        return prefix
+
+    def _compute(self, project: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype) -> Prefix:
+        gate = self.effective_gate().expand(1, self.num_heads)
+        return (*project(self.prompt.to(dtype)), gate)
+
+    def train(self, mode: bool = True) -> Self:
+        self._cache.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """model.half(), .to(...): the layer moves along but stays float32, as small gradients on top of N(0, 1) need."""
+        self._cache.clear()
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        super()._apply(move, recurse)
+        return self
 
 
 class ZeroGateAdapter(nn.Module):
@@ -113,16 +145,15 @@ class ZeroGateAdapter(nn.Module):
         config: see AdapterConfig.
         base: facts of the model that a saved adapter must find again: model_type, hidden_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, head_dim.
-        device: where the parameters live.
+        devices: of every layer of the model; an adapted layer's parameters live where the layer does.
     """
 
-    def __init__(self, config: AdapterConfig, base: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, config: AdapterConfig, base: dict[str, Any], devices: Sequence[torch.device]) -> None:
         super().__init__()
         self.config, self.base = config, base
         numbers = config.layer_numbers(base["num_hidden_layers"])
-        self.layers = nn.ModuleDict(
-            {str(n): AdapterLayer(config, base["hidden_size"], base["num_attention_heads"], device) for n in numbers}
-        )
+        hidden_size, heads = base["hidden_size"], base["num_attention_heads"]
+        self.layers = nn.ModuleDict({str(n): AdapterLayer(config, hidden_size, heads, devices[n]) for n in numbers})
 
     def num_parameters(self) -> int:
         """Trainable parameters: prompts and gates."""
@@ -151,15 +182,15 @@ class ZeroGateAdapter(nn.Module):
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(aside, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -175,10 +206,11 @@ def read_config(path: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, 
         facts = json.loads(file.read_text())
         version = facts["format_version"]
         if version != FORMAT_VERSION:
-            raise ValueError(f"{file}: expected format_version {FORMAT_VERSION}, got {version}")
-        return AdapterConfig(**facts["adapter"]), facts["base_model"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: expected the configuration of an adapter saved by this package ({error})") from error
+            raise ValueError(f"expected format_version {FORMAT_VERSION}, got {version}")
+        return AdapterConfig(**facts["adapter"]), dict(facts["base_model"])
+    except (KeyError, TypeError, ValueError) as error:  # a JSONDecodeError or a field out of range is a ValueError
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: expected the configuration of an adapter saved by this package ({what})") from error
 
 
 def read_weights(adapter: ZeroGateAdapter, path: str | os.PathLike[str]) -> None:

@@ -182,7 +182,7 @@ def test_kept_prefix_follows_the_weights() -> None:
         model.model.layers[0].self_attn.k_proj.weight.mul_(2.0)
         kept = model(TOKENS).logits
         for layer in adapter.layers.values():
-            layer._cache = None
+            layer._cache.clear()
         assert torch.equal(kept, model(TOKENS).logits)
 
 

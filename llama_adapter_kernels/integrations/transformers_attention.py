@@ -1,0 +1,123 @@
+"""The attention function that transformers calls in place of its own.
+
+The hook hands over query [B, Hq, S, D] (rotated and normed), key and value un-repeated with the whole cache, and what
+`transformers_masks.zero_gate_mask` returned for this forward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter_kernels.adapter import AdapterLayer
+from llama_adapter_kernels.attention import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
+from llama_adapter_kernels.integrations.transformers_masks import Packed, Window, read_mask
+from llama_adapter_kernels.prefix_cache import projection_sources
+
+LAYER = "zero_gate"  # the attribute of an attention module that holds its AdapterLayer
+_REFUSED = {
+    "softcap": "a soft cap on scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache (continuous batching)",
+    "output_attentions": "output_attentions=True (the probabilities never exist as a tensor)",
+}
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with the prefix of its adapter if it has one. Returns (output [B, S, Hq, D], None).
+
+    Raises:
+        ValueError: the model asks for something that is not supported.
+    """
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0 with a zero-gate adapter, got {dropout}")
+    for name, what in _REFUSED.items():
+        if name in kwargs and kwargs[name] is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: {what} is not supported with a zero-gate adapter")
+    prefix: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    layer: AdapterLayer | None = module._modules.get(LAYER)
+    if layer is not None:
+        prefix = layer.prefix(lambda prompt: _project(module, prompt), lambda: _sources(module), query)
+    mask = read_mask(attention_mask)
+    if kwargs.get("cu_seq_lens_q") is not None or isinstance(mask, Packed):
+        return _packed(query, key, value, prefix, mask, scaling, kwargs), None
+    start = end = None
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None
+    if isinstance(mask, Window):
+        (start, end), mask, causal = mask, None, True
+    if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, *prefix):
+        output = zero_gate_decode(query, key, value, end, *prefix, scale=scaling, key_start=start)
+    else:
+        output = zero_gate_attention(
+            query, key, value, *prefix, is_causal=causal, scale=scaling, attn_mask=mask, key_start=start, key_end=end
+        )
+    return output.transpose(1, 2), None
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, prefix: Sequence[Tensor | None], mask: Packed | Tensor | None,
+    scaling: float | None, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        # While torch.compile traces, transformers always makes a mask from position_ids: not the caller's, and not used.
+        if mask is not None and not isinstance(mask, Packed) and not torch.compiler.is_compiling():
+            raise ValueError("cu_seq_lens_q: expected no attention_mask that hides anything besides, got both")
+        offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        longest_q, longest_k = int(kwargs["max_length_q"]), int(kwargs["max_length_k"])
+        window = kwargs.get("sliding_window")
+        if window is not None and longest_k > window:
+            raise ValueError(
+                f"max_length_k: expected at most sliding_window {window}, got {longest_k}; "
+                "position_ids that restart with every sequence, without cu_seq_lens, are supported"
+            )
+    else:
+        assert isinstance(mask, Packed)
+        offsets_q = offsets_k = mask.offsets
+        longest_q = longest_k = mask.longest
+    # [B, H, S, D] views of [B, S, H, D] memory: the rows of the batch lie one after the other already.
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output = zero_gate_attention_varlen(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *prefix, cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, is_causal=True, scale=scaling,
+    )  # fmt: skip
+    return output.view(query.shape)
+
+
+def _project(module: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Prefix key and value [1, Hkv, P, D]: through the layer's own projections (and key norm), never rotated."""
+    key = module.k_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
+    value = module.v_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
+    if hasattr(module, "k_norm"):  # Qwen3 norms each key head
+        key = module.k_norm(key)
+    return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _sources(module: Any) -> list[Tensor] | None:
+    """Every tensor that `_project` depends on besides the prompt; None where it may depend on more."""
+    tensors: list[Tensor] = []
+    for name in ("k_proj", "v_proj", "k_norm"):
+        projection = getattr(module, name, None)
+        if projection is None:
+            continue
+        found = projection_sources(projection) if isinstance(projection, nn.Module) else None
+        if found is None:
+            return None
+        tensors += found
+    return tensors
