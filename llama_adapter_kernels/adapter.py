@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llama_adapter_kernels.ops import accumulator_dtype
 from llama_adapter_kernels.prefix_cache import Prefix, PrefixCache, inference_settings
 
 CONFIG_FILE = "adapter_config.json"
@@ -110,7 +111,7 @@ class AdapterLayer(nn.Module):
         weights = sources()
         if weights is None:
             return self._compute(project, query.dtype)
-        watched, settings = (self.prompt, self.gate, *weights), inference_settings(query)
+        watched, settings = (*self._parameters.values(), *weights), inference_settings(query)
         prefix = self._cache.get(watched, settings)
         if prefix is None:
             prefix = self._compute(project, query.dtype)
@@ -118,7 +119,7 @@ class AdapterLayer(nn.Module):
         return prefix
 
     def _compute(self, project: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype) -> Prefix:
-        gate = self.effective_gate().expand(1, self.num_heads)
+        gate = self.effective_gate().to(accumulator_dtype(dtype)).expand(1, self.num_heads)
         return (*project(self.prompt.to(dtype)), gate)
 
     def train(self, mode: bool = True) -> Self:

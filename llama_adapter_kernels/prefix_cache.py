@@ -43,16 +43,25 @@ def _state(sources: tuple[Tensor, ...], settings: Any) -> tuple[Any, ...]:
     return (settings, *[(id(tensor), tensor._version, tensor.data_ptr()) for tensor in sources])
 
 
-def projection_sources(projection: nn.Module) -> list[Tensor] | None:
-    """Every tensor the result of a projection depends on; None where it may depend on more than tensors.
+def projection_sources(module: nn.Module, names: tuple[str, ...]) -> list[Tensor] | None:
+    """Every tensor that the results of these projections of `module` depend on; None where more than tensors decides.
 
-    A module made of modules may have switches (LoRA's active adapters), hooks and exchanged forwards may do anything.
+    A projection made of modules may have switches (LoRA's active adapters), hooks and exchanged forwards may do anything.
+    Called for every layer and token: it looks into the dictionaries of nn.Module, whose attribute access is slow.
     """
-    if projection._modules or projection._forward_hooks or projection._forward_pre_hooks:
-        return None
-    if "forward" in projection.__dict__ and not hasattr(projection, "_hf_hook"):  # accelerate's only moves weights
-        return None
-    tensors = [*projection._parameters.values(), *projection._buffers.values()]
+    tensors: list[Tensor | None] = []
+    for name in names:
+        projection = module._modules.get(name)
+        if projection is None:
+            if hasattr(module, name):  # some other callable
+                return None
+            continue
+        if projection._modules or projection._forward_hooks or projection._forward_pre_hooks:
+            return None
+        if "forward" in projection.__dict__ and "_hf_hook" not in projection.__dict__:  # accelerate's only moves weights
+            return None
+        tensors += projection._parameters.values()
+        tensors += projection._buffers.values()
     return [tensor for tensor in tensors if tensor is not None]
 
 

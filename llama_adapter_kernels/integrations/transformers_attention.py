@@ -4,18 +4,21 @@ The hook hands over query [B, Hq, S, D] (rotated and normed), key and value un-r
 `transformers_masks.zero_gate_mask` returned for this forward pass.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from llama_adapter_kernels import backends
 from llama_adapter_kernels.adapter import AdapterLayer
 from llama_adapter_kernels.attention import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
 from llama_adapter_kernels.integrations.transformers_masks import Packed, Window, read_mask
 from llama_adapter_kernels.prefix_cache import projection_sources
 
 LAYER = "zero_gate"  # the attribute of an attention module that holds its AdapterLayer
+_PROJECTIONS = ("k_proj", "v_proj", "k_norm")
+OptionalPrefix = tuple[Tensor | None, Tensor | None, Tensor | None]
 _REFUSED = {
     "softcap": "a soft cap on scores",
     "s_aux": "attention sinks",
@@ -43,13 +46,15 @@ def attention(
     """
     if dropout:
         raise ValueError(f"attention_dropout: expected 0 with a zero-gate adapter, got {dropout}")
-    for name, what in _REFUSED.items():
-        if name in kwargs and kwargs[name] is not None and kwargs[name] is not False:
-            raise ValueError(f"{name}: {what} is not supported with a zero-gate adapter")
-    prefix: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    for name in kwargs:
+        if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: {_REFUSED[name]} is not supported with a zero-gate adapter")
+    prefix: OptionalPrefix = (None, None, None)
     layer: AdapterLayer | None = module._modules.get(LAYER)
     if layer is not None:
-        prefix = layer.prefix(lambda prompt: _project(module, prompt), lambda: _sources(module), query)
+        prefix = layer.prefix(
+            lambda prompt: _project(module, prompt), lambda: projection_sources(module, _PROJECTIONS), query
+        )
     mask = read_mask(attention_mask)
     if kwargs.get("cu_seq_lens_q") is not None or isinstance(mask, Packed):
         return _packed(query, key, value, prefix, mask, scaling, kwargs), None
@@ -58,7 +63,7 @@ def attention(
     if isinstance(mask, Window):
         (start, end), mask, causal = mask, None, True
     if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, *prefix):
-        output = zero_gate_decode(query, key, value, end, *prefix, scale=scaling, key_start=start)
+        output = _decode(query, key, value, prefix, start, end, scaling)
     else:
         output = zero_gate_attention(
             query, key, value, *prefix, is_causal=causal, scale=scaling, attn_mask=mask, key_start=start, key_end=end
@@ -66,12 +71,44 @@ def attention(
     return output.transpose(1, 2), None
 
 
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, start: Tensor | None, end: Tensor | None,
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """One new token per sequence.
+
+    A small model spends more time in Python than in attention here. What zero_gate_decode does for its callers holds
+    already (the form of the gate, the types of the lengths) or is checked again by the op, so the op is called directly.
+    """
+    if (
+        scaling is not None
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and not torch.is_autocast_enabled(query.device.type)
+    ):
+        op = _decode_op(backends._forced, query.device, query.dtype, query.shape[3])
+        if op is not None:
+            with torch._C._AutoDispatchBelowAutograd():  # gradients are off: spares the op's autograd part, in Python
+                output: Tensor = op(query, key, value, *prefix, start, end, None, scaling, True)
+            return output
+    return zero_gate_decode(query, key, value, end, *prefix, scale=scaling, key_start=start)
+
+
+@lru_cache(maxsize=64)
+def _decode_op(forced: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """The decode op of the backend that runs such tensors; None for the reference, which is no op."""
+    chosen = backends.choose(None, torch.empty(0, head_dim, device=device, dtype=dtype))
+    if chosen == "reference":
+        return None
+    namespace = torch.ops.llama_adapter_kernels_triton if chosen == "triton" else torch.ops.llama_adapter_kernels
+    return namespace.decode.default
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, prefix: Sequence[Tensor | None], mask: Packed | Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, mask: Packed | Tensor | None,
     scaling: float | None, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""
@@ -107,17 +144,3 @@ def _project(module: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(module, "k_norm"):  # Qwen3 norms each key head
         key = module.k_norm(key)
     return key.transpose(1, 2), value.transpose(1, 2)
-
-
-def _sources(module: Any) -> list[Tensor] | None:
-    """Every tensor that `_project` depends on besides the prompt; None where it may depend on more."""
-    tensors: list[Tensor] = []
-    for name in ("k_proj", "v_proj", "k_norm"):
-        projection = getattr(module, name, None)
-        if projection is None:
-            continue
-        found = projection_sources(projection) if isinstance(projection, nn.Module) else None
-        if found is None:
-            return None
-        tensors += found
-    return tensors
