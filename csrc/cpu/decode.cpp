@@ -1,60 +1,82 @@
-// Decode: few new queries against a long key/value cache. Bound by memory: every key and value is read once, for all query
-// heads of its group and all new queries.
+// Decode: few new queries against a long key/value cache. Bound by memory: every key and value is read once, for all
+// query heads of its group and all new queries.
 //
-// One task is one range of keys of one key/value head. For a tile of keys it computes the scores of all rows (a row is one
-// query of one query head), takes one online softmax step per row and adds P V. Its maxima, sums and accumulators are
-// combined with those of the other ranges in a fixed order, and the prefix is added once. The ranges depend on the shape
-// alone, so results are the same for every number of threads.
+// One task is one range of keys of one key/value head. For a tile of keys it computes the scores of all rows (a row is
+// one query of one query head), takes one online softmax step per row and adds P V. While a tile's keys are multiplied
+// its values are prefetched, and while its values are added up the next tile's keys. Whoever finishes the last range of
+// a head combines all of them in their order and adds the prefix. Ranges depend on a sequence's own keys and on the
+// number of rows: results are the same for every number of threads, and beside any other sequence.
 #include "kernel_table.h"
 #include "scores.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
 
-constexpr int64_t kTileKeys = 64;
-// Rows x keys whose dot products are summed at once: that many accumulators fill a vector when each is summed up.
-constexpr int kDotRows = 4;
-template <class C>
-constexpr int kDotKeys = kLanes<C> >= 8 ? kLanes<C> / kDotRows : 1;
+// Keys of a tile: as many as fill 16 KiB, so that they and their values lie in L1 together.
+constexpr int64_t kTileBytes = 16 << 10, kFewestTileKeys = 32, kTileKeys = 256;  // the last: the most
+constexpr int64_t kCacheLine = 64;
+// Rows that share one read of a tile, in dot products with kLanes / rows keys: as many sums as a vector has lanes, so
+// that one tree of shuffles ends them all.
+constexpr int kChunk = 4;
 
+// How the keys that a sequence sees are cut into ranges.
 struct Ranges {
-  int64_t count, keys, rows, padded_depth;
+  int64_t begin, end, keys, count;  // range i: keys [begin + i * keys, end of that or `end`)
+
+  static constexpr int64_t kMost = 32;         // enough for many threads on one head; the combination stays cheap
+  static constexpr int64_t kFewestKeys = 512;  // of a range: a task of some 50 us
+
+  static int64_t fewest_keys(int64_t rows) { return larger(kFewestKeys, 32 * rows); }  // states: a fraction of the keys
+  static int64_t most(int64_t seq_k, int64_t rows) {
+    return larger(1, smaller(kMost, (seq_k + fewest_keys(rows) - 1) / fewest_keys(rows)));
+  }
+
+  Ranges(const Sequence& seq, int64_t rows) : begin(seq.key_begin), end(visible_end(seq, seq.queries - 1)) {
+    const int64_t seen = larger(0, end - begin);
+    keys = larger(fewest_keys(rows), round_up((seen + kMost - 1) / kMost, 256));
+    count = larger(1, (seen + keys - 1) / keys);
+  }
+};
+
+// Sizes every task shares.
+struct Sizes {
+  int64_t rows, padded_depth, most_ranges;
 };
 
 template <class C>
-Ranges ranges_of(const ZeroGateParams& p) {
-  constexpr int64_t kTasks = 64, kFewestKeys = 256;
-  const int64_t heads = larger(1, p.batch * p.heads_kv);
-  const int64_t wanted = larger(1, smaller((kTasks + heads - 1) / heads, p.seq_k / kFewestKeys));
-  const int64_t keys = larger(kTileKeys, round_up((p.seq_k + wanted - 1) / wanted, kTileKeys));
-  return {larger(1, (p.seq_k + keys - 1) / keys), keys, p.heads_q / p.heads_kv * p.seq_q, round_up(p.head_dim, kLanes<C>)};
+Sizes sizes_of(const ZeroGateParams& p) {
+  const int64_t rows = p.heads_kv > 0 ? p.heads_q / p.heads_kv * p.seq_q : 0;
+  return {rows, round_up(p.head_dim, kLanes<C>), Ranges::most(p.seq_k, rows)};
 }
 
 // The state of an online softmax over rows.
 template <class C>
 struct Partial {
   C *maximum, *sum, *accumulator;  // [rows], [rows], [rows][padded_depth]
-  Partial(Scratch& s, const Ranges& r)
-      : maximum(s.take<C>(r.rows)), sum(s.take<C>(r.rows)), accumulator(s.take<C>(r.rows * r.padded_depth)) {}
+  Partial(Scratch& s, const Sizes& z)
+      : maximum(s.take<C>(z.rows)), sum(s.take<C>(z.rows)), accumulator(s.take<C>(z.rows * z.padded_depth)) {}
 };
 
 template <class C>
 struct DecodeScratch {
   Partial<C> prefix;
-  C *query, *scores, *tail;
-  DecodeScratch(Scratch& s, const Ranges& r)
-      : prefix(s, r), query(s.take<C>(r.rows * r.padded_depth)), scores(s.take<C>(kDotRows * kTileKeys)),
-        tail(s.take<C>(kTileKeys * r.padded_depth)) {}
+  C* query;                  // [rows, padded to whole chunks with zeros][padded_depth], scaled
+  C* scores;                 // [kChunk][kTileKeys]
+  C *key_tail, *value_tail;  // [kTileKeys][kLanes]: what of head_dim does not fill a vector, padded with zeros
+  DecodeScratch(Scratch& s, const Sizes& z)
+      : prefix(s, z), query(s.take<C>(round_up(z.rows, kChunk) * z.padded_depth)),
+        scores(s.take<C>(kChunk * kTileKeys)), key_tail(s.take<C>(kTileKeys * kLanes<C>)),
+        value_tail(s.take<C>(kTileKeys * kLanes<C>)) {}
 };
 
 template <template <class> class Part, class C>
-int64_t bytes_of(const Ranges& r) {
+int64_t bytes_of(const Sizes& z) {
   Scratch counter(nullptr);
-  Part<C> part(counter, r);
+  Part<C> part(counter, z);
   return counter.used();
 }
 
-// sums[i] = horizontal sum of v[i]: each round halves the number of vectors by adding interleaved halves of two.
+// Lane i: the horizontal sum of v[i]. Each round halves the number of vectors by adding interleaved halves of two.
 template <class C>
 LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
   using I = IntVec<C>;
@@ -62,7 +84,7 @@ LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
 #pragma GCC unroll 4
   for (int half = 1; half < lanes; half *= 2) {
     I low{}, high{};
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; lane < lanes; ++lane) {  // lane >= lanes selects from the second operand
       low[lane] = lane & half ? lane - half + lanes : lane;
       high[lane] = lane & half ? lane + lanes : lane + half;
     }
@@ -74,7 +96,38 @@ LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
   return v[0];
 }
 
-// Rows of one key/value head of one sequence.
+template <class C, class Combine>
+LAK_INLINE C reduce(Vec<C> v, const Combine& combine) {
+#pragma GCC unroll 4
+  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+    IntVec<C> other{};
+    for (int lane = 0; lane < kLanes<C>; ++lane) other[lane] = lane ^ half;
+    v = combine(v, __builtin_shuffle(v, other));
+  }
+  return v[0];
+}
+
+// Rows that will be read next.
+struct Ahead {
+  const char* data;
+  int64_t stride, rows, bytes;  // bytes from row to row, and of a row
+  LAK_INLINE void prefetch(int64_t row) const {
+    if (row >= rows) return;
+    const char* line = data + row * stride;
+    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(line + i);
+  }
+};
+
+// Rows of storage, and beside them the part of each that does not fill a vector (nullptr: there is none).
+template <class T>
+struct TileRows {
+  const T* data;
+  int64_t stride;
+  const Compute<T>* tail;
+  int64_t count;
+};
+
+// All rows of one key/value head of one sequence.
 template <class T>
 class DecodeRows {
   using C = Compute<T>;
@@ -82,151 +135,173 @@ class DecodeRows {
   static constexpr C kMinusInfinity = -__builtin_huge_val();
 
  public:
-  DecodeRows(const ZeroGateParams& params, const Ranges& r, const DecodeScratch<C>& scratch, int64_t b, int64_t kv_head)
-      : p(params), s(scratch), seq(sequence_of(params, b)), batch(b), head_kv(kv_head), group(p.heads_q / p.heads_kv),
-        rows(r.rows), depth(p.head_dim), padded_depth(r.padded_depth) {
-    for (int64_t r_ = 0; r_ < rows; ++r_) {
-      const T* from = row_pointer<const T>(p.query, batch, head_of(r_), query_of(r_));
-      C* to = s.query + r_ * padded_depth;
-      widen_row(from, depth, padded_depth, to);
+  DecodeRows(const ZeroGateParams& params, const Sizes& z, const Sequence& sequence, int64_t b, int64_t kv_head,
+             const DecodeScratch<C>& scratch)
+      : p(params), seq(sequence), s(scratch), batch(b), head_kv(kv_head), group(p.heads_q / p.heads_kv), rows(z.rows),
+        depth(p.head_dim), padded_depth(z.padded_depth), whole(depth / kLane * kLane),
+        tile_keys(larger(kFewestTileKeys, smaller(kTileKeys, kTileBytes / row_bytes(depth) / 32 * 32))) {
+    for (int64_t row = 0; row < rows; ++row) {
+      C* to = s.query + row * padded_depth;
+      widen_row(row_pointer<const T>(p.query, batch, head_of(row), query_of(row)), depth, padded_depth, to);
       for (int64_t d = 0; d < padded_depth; ++d) to[d] *= static_cast<C>(p.scale);
     }
+    for (int64_t i = rows * padded_depth; i < round_up(rows, kChunk) * padded_depth; ++i) s.query[i] = 0;
   }
 
-  void keys(int64_t begin, int64_t end, const Partial<C>& state) {
-    clear(state);
-    begin = larger(begin, seq.key_begin);
-    end = smaller(end, visible_end(seq, seq.queries - 1));
-    if (begin < end) {
-      attend(p.key, p.value, batch, begin, end, state,
-             [&](int64_t row) { return smaller(end, query_of(row) + seq.diagonal + 1); });
-    }
+  void words(int64_t begin, int64_t end, const Partial<C>& state) {
+    attend(p.key, p.value, batch, begin, end, state, [&](int64_t row) { return query_of(row) + seq.diagonal + 1; });
   }
 
-  // Combines the states of all ranges, adds the prefix and writes the output rows.
-  void finish(const char* states, const Ranges& r, int64_t state_bytes) {
+  // Combines `count` states that lie `state_bytes` apart, adds the prefix and writes the output rows.
+  void finish(const char* states, const Sizes& z, int64_t state_bytes, int64_t count) {
     if (seq.prefix >= 0) {
-      clear(s.prefix);
-      attend(p.prefix_key, p.prefix_value, seq.prefix, 0, p.prefix_length, s.prefix,
-             [&](int64_t) { return p.prefix_length; });
+      const int64_t slots = p.prefix_length;
+      attend(p.prefix_key, p.prefix_value, seq.prefix, 0, slots, s.prefix, [&](int64_t) { return slots; });
     }
+    const auto state = [&](int64_t i) {
+      Scratch memory(const_cast<char*>(states) + i * state_bytes);
+      return Partial<C>(memory, z);
+    };
     for (int64_t row = 0; row < rows; ++row) {
       C highest = kMinusInfinity, sum = 0;
+      for (int64_t i = 0; i < count; ++i) highest = larger_of(state(i).maximum[row], highest);
+      const C reference = highest == kMinusInfinity ? C(0) : highest;
       C* out = s.query + row * padded_depth;  // the scaled queries are not needed any more
       for (int64_t d = 0; d < padded_depth; ++d) out[d] = 0;
-      for (int64_t i = 0; i < r.count; ++i) highest = larger_of(highest, state(states, r, state_bytes, i).maximum[row]);
-      for (int64_t i = 0; i < r.count && highest > kMinusInfinity; ++i) {
-        const Partial<C> part = state(states, r, state_bytes, i);
-        const C factor = exp2_nonpositive(broadcast((part.maximum[row] - highest) * static_cast<C>(kLog2E)))[0];
+      for (int64_t i = 0; i < count; ++i) {
+        const Partial<C> part = state(i);
+        const C factor = shrinking(part.maximum[row], reference);
         sum += factor * part.sum[row];
         add_scaled(part.accumulator + row * padded_depth, factor, out);
       }
-      const C inverse = sum > 0 ? C(1) / sum : sum == 0 ? C(0) : sum;  // NaN stays NaN
+      const C inverse = sum == 0 ? C(0) : C(1) / sum;  // 0: the row sees no key; NaN stays NaN
       for (int64_t d = 0; d < padded_depth; ++d) out[d] *= inverse;
       if (seq.prefix >= 0) {
         const C gate = gate_of<C>(p, seq.prefix, head_of(row));
         add_scaled(s.prefix.accumulator + row * padded_depth, gate / s.prefix.sum[row], out);
       }
       narrow_row(out, C(1), depth, row_pointer<T>(p.output, batch, head_of(row), query_of(row)));
+      if (p.logsumexp.data) {
+        *row_statistic<C>(p.logsumexp, batch, head_of(row), query_of(row)) =
+            sum == 0 ? kMinusInfinity : static_cast<C>(highest + __builtin_log(static_cast<double>(sum)));
+      }
     }
   }
 
  private:
   int64_t head_of(int64_t row) const { return head_kv * group + row / p.seq_q; }
   int64_t query_of(int64_t row) const { return row % p.seq_q; }
+  static int64_t row_bytes(int64_t depth) { return larger(1, depth * static_cast<int64_t>(sizeof(T))); }
   static C larger_of(C a, C b) { return a > b ? a : b; }
-  static Partial<C> state(const char* states, const Ranges& r, int64_t bytes, int64_t i) {
-    Scratch memory(const_cast<char*>(states) + i * bytes);
-    return Partial<C>(memory, r);
+  // What a sum relative to `maximum_then` shrinks by when it becomes relative to `reference`.
+  static C shrinking(C maximum_then, C reference) {
+    return exp2_nonpositive(broadcast((maximum_then - reference) * static_cast<C>(kLog2E)))[0];
   }
 
   void add_scaled(const C* from, C factor, C* to) const {
     for (int64_t d = 0; d < padded_depth; d += kLane) store(to + d, load(to + d) + broadcast(factor) * load(from + d));
   }
 
-  void clear(const Partial<C>& state) const {
-    for (int64_t row = 0; row < rows; ++row) state.maximum[row] = kMinusInfinity, state.sum[row] = 0;
-    for (int64_t i = 0; i < rows * padded_depth; ++i) state.accumulator[i] = 0;
+  TileRows<T> tile_of(const TensorView& view, int64_t b, int64_t first, int64_t n, C* tail) const {
+    const T* data = row_pointer<const T>(view, b, head_kv, first);
+    if (whole == depth) return {data, view.stride_row, nullptr, n};
+    for (int64_t t = 0; t < n; ++t) {
+      widen_row(data + t * view.stride_row + whole, depth - whole, kLane, tail + t * kLane);
+    }
+    return {data, view.stride_row, tail, n};
+  }
+  Ahead ahead(const TensorView& view, int64_t b, int64_t first, int64_t n) const {
+    constexpr int64_t size = sizeof(T);
+    const T* data = row_pointer<const T>(view, b, head_kv, first);
+    return {reinterpret_cast<const char*>(data), view.stride_row * size, n, depth * size};
   }
 
-  // Online softmax of all rows over keys [begin, end); row r sees those below limit(r).
+  // Online softmax of all rows over keys [begin, end); a row sees those below limit(row).
   template <class Limit>
   void attend(const TensorView& k_view, const TensorView& v_view, int64_t b, int64_t begin, int64_t end,
               const Partial<C>& state, const Limit& limit) {
-    for (int64_t k0 = begin; k0 < end; k0 += kTileKeys) {
-      const int64_t n = smaller(kTileKeys, end - k0);
-      const T* k = row_pointer<const T>(k_view, b, head_kv, (&k_view == &p.key ? seq.first_key : 0) + k0);
-      const T* v = row_pointer<const T>(v_view, b, head_kv, (&v_view == &p.value ? seq.first_key : 0) + k0);
-      for (int64_t row = 0; row < rows; row += kDotRows) {
-        const int64_t count = smaller(kDotRows, rows - row);
-        if (depth == padded_depth) {
-          dot_products(k, k_view.stride_row, n, row, count);
-        } else {
-          for (int64_t t = 0; t < n; ++t) widen_row(k + t * k_view.stride_row, depth, padded_depth, s.tail + t * padded_depth);
-          dot_products(static_cast<const C*>(s.tail), padded_depth, n, row, count);
-        }
-        C rescale[kDotRows];
+    for (int64_t row = 0; row < rows; ++row) state.maximum[row] = kMinusInfinity, state.sum[row] = 0;
+    for (int64_t i = 0; i < rows * padded_depth; ++i) state.accumulator[i] = 0;
+    for (int64_t k0 = begin; k0 < end; k0 += tile_keys) {
+      const int64_t n = smaller(tile_keys, end - k0);
+      Ahead values_ahead = ahead(v_view, b, k0, n);
+      Ahead keys_ahead = ahead(k_view, b, k0 + n, larger(0, smaller(tile_keys, end - k0 - n)));
+      const TileRows<T> k = tile_of(k_view, b, k0, n, s.key_tail);
+      for (int64_t row = 0; row < rows; row += kChunk) {
+        const int64_t count = smaller(kChunk, rows - row);
+        dot_products(k, row, count, values_ahead);
+        C rescale[kChunk];
         for (int64_t r = 0; r < count; ++r) {
           rescale[r] = softmax_row(s.scores + r * kTileKeys, larger(0, smaller(n, limit(row + r) - k0)), n,
                                    state.maximum[row + r], state.sum[row + r]);
         }
-        C* out = state.accumulator + row * padded_depth;
-        if (depth == padded_depth) {
-          weighted_sum(v, v_view.stride_row, n, count, rescale, out);
-        } else {
-          for (int64_t t = 0; t < n; ++t) widen_row(v + t * v_view.stride_row, depth, padded_depth, s.tail + t * padded_depth);
-          weighted_sum(static_cast<const C*>(s.tail), padded_depth, n, count, rescale, out);
-        }
+        if (row == 0 && whole != depth) tile_of(v_view, b, k0, n, s.value_tail);
+        const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, k0), v_view.stride_row,
+                            whole == depth ? nullptr : s.value_tail, n};
+        weighted_sum(v, count, rescale, state.accumulator + row * padded_depth, keys_ahead);
+        values_ahead.rows = keys_ahead.rows = 0;  // the other chunks find the tile in cache
       }
     }
   }
 
-  // scores[r][t] = Q[row + r] . K[t]
-  template <class S>
-  void dot_products(const S* k, int64_t stride, int64_t n, int64_t row, int64_t count) {
-    if (count == kDotRows && kDotKeys<C> > 1) return dot_products_of<kDotRows, kDotKeys<C>>(k, stride, n, row, count);
-    dot_products_of<1, 1>(k, stride, n, row, count);
+  // scores[r][t] = Q[row + r] . K[t]; beyond the last key a multiple of kLanes is filled with anything.
+  void dot_products(const TileRows<T>& k, int64_t row, int64_t count, const Ahead& next) {
+    constexpr int widest = kLane < kChunk ? kLane : kChunk;
+    const C* query = s.query + row * padded_depth;
+    for (int64_t r = 0; r < count; r += widest) {
+      const int64_t left = count - r;
+      const auto of = left == 1   ? dot_function<1>(k.tail)
+                      : left == 2 ? dot_function<2>(k.tail)
+                                  : dot_function<widest>(k.tail);
+      (this->*of)(k, query + r * padded_depth, s.scores + r * kTileKeys, next);
+    }
   }
 
-  template <int ROWS, int KEYS, class S>
-  void dot_products_of(const S* k, int64_t stride, int64_t n, int64_t row, int64_t count) {
-    for (int64_t r0 = 0; r0 < count; r0 += ROWS) {
-      const C* q = s.query + (row + r0) * padded_depth;
-      int64_t t = 0;
-      if constexpr (ROWS * KEYS == kLanes<C>) {
-        for (; t + KEYS <= n; t += KEYS) {
-          Vec<C> sum[ROWS * KEYS]{};  // [row][key]
-          for (int64_t d = 0; d < padded_depth; d += kLane) {
-            Vec<C> key[KEYS];
-            for (int i = 0; i < KEYS; ++i) key[i] = load_wide(k + (t + i) * stride + d);
-            for (int r = 0; r < ROWS; ++r) {
-              const Vec<C> x = load(q + r * padded_depth + d);
-              for (int i = 0; i < KEYS; ++i) sum[r * KEYS + i] += x * key[i];
-            }
-          }
-          const Vec<C> each = sum_each<C>(sum);
-          for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < KEYS; ++i) s.scores[(r0 + r) * kTileKeys + t + i] = each[r * KEYS + i];
-        }
+  template <int ROWS>
+  static auto dot_function(const C* tail) {
+    return tail ? &DecodeRows::dot_products_of<ROWS, true> : &DecodeRows::dot_products_of<ROWS, false>;
+  }
+
+  // TAIL is a template argument and the sums are cleared one by one so that they live in registers from end to end.
+  template <int ROWS, bool TAIL>
+  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, C* scores, const Ahead& next) {
+    constexpr int keys = kLanes<C> / ROWS;
+    for (int64_t t = 0; t < k.count; t += keys) {
+      const T* key[keys];
+      for (int i = 0; i < keys; ++i) {
+        key[i] = k.data + smaller(t + i, k.count - 1) * k.stride;
+        next.prefetch(t + i);
       }
-      for (; t < n; ++t) {
+      Vec<C> sum[ROWS * keys];  // [row][key]
+      for (int i = 0; i < ROWS * keys; ++i) sum[i] = Vec<C>{};
+      const auto add = [&](int64_t d, const auto& element) __attribute__((always_inline)) {
+        Vec<C> x[keys];
+        for (int i = 0; i < keys; ++i) x[i] = element(i);
         for (int r = 0; r < ROWS; ++r) {
-          Vec<C> sum{};
-          for (int64_t d = 0; d < padded_depth; d += kLane) sum += load(q + r * padded_depth + d) * load_wide(k + t * stride + d);
-          s.scores[(r0 + r) * kTileKeys + t] = horizontal_sum<C>(sum);
+          const Vec<C> q = load(query + r * padded_depth + d);
+          for (int i = 0; i < keys; ++i) sum[r * keys + i] += q * x[i];
         }
+      };
+      for (int64_t d = 0; d < whole; d += kLane) {
+        add(d, [&](int i) __attribute__((always_inline)) { return load_wide(key[i] + d); });
       }
+      if constexpr (TAIL) {
+        const C* tail = k.tail;
+        const int64_t last = k.count - 1;
+        add(whole, [&](int i) __attribute__((always_inline)) { return load(tail + smaller(t + i, last) * kLane); });
+      }
+      alignas(kVectorBytes) C each[kLane];
+      store(each, sum_each<C>(sum));
+      for (int r = 0; r < ROWS; ++r) __builtin_memcpy(scores + r * kTileKeys + t, each + r * keys, keys * sizeof(C));
     }
   }
 
   // Probabilities of one row against its new maximum; keys from `seen` on get 0. Returns what the old sums shrink by.
   static C softmax_row(C* scores, int64_t seen, int64_t n, C& maximum_so_far, C& sum_so_far) {
-    for (int64_t t = seen; t < kTileKeys; ++t) scores[t] = kMinusInfinity;
-    Vec<C> highest = broadcast(kMinusInfinity);
-    for (int64_t t = 0; t < n; t += kLane) highest = maximum<C>(load(scores + t), highest);
-    C top = kMinusInfinity;
-    for (int i = 0; i < kLane; ++i) top = highest[i] > top || highest[i] != highest[i] ? highest[i] : top;
-    top = larger_of(top, maximum_so_far);
+    for (int64_t t = seen; t < round_up(n, kLane); ++t) scores[t] = kMinusInfinity;
+    Vec<C> highest = broadcast(maximum_so_far);
+    for (int64_t t = 0; t < n; t += kLane) highest = maximum<C>(load(scores + t), highest);  // NaN: second operand
+    const C top = reduce<C>(highest, [](Vec<C> a, Vec<C> b) { return maximum<C>(a, b); });
     const C reference = top == kMinusInfinity ? C(0) : top;
     Vec<C> sum{};
     for (int64_t t = 0; t < n; t += kLane) {
@@ -235,73 +310,110 @@ class DecodeRows {
       store(scores + t, probability);
       sum += probability;
     }
-    const C rescale = exp2_nonpositive(broadcast((maximum_so_far - reference) * static_cast<C>(kLog2E)))[0];
+    const C rescale = shrinking(maximum_so_far, reference);
     maximum_so_far = top;
-    sum_so_far = sum_so_far * rescale + horizontal_sum<C>(sum);
+    sum_so_far = sum_so_far * rescale + reduce<C>(sum, [](Vec<C> a, Vec<C> b) { return a + b; });
     return rescale;
   }
 
   // out[r] = rescale[r] * out[r] + sum_t scores[r][t] V[t]
-  template <class S>
-  void weighted_sum(const S* v, int64_t stride, int64_t n, int64_t count, const C* rescale, C* out) {
-    constexpr int64_t vecs = kTileVecs;
-    int64_t d = 0;
-    for (; d + vecs * kLane <= padded_depth; d += vecs * kLane) {
-      if (count == kDotRows) {
-        weighted_sum_of<kDotRows, vecs>(v + d, stride, n, rescale, out + d);
-      } else {
-        for (int64_t r = 0; r < count; ++r) weighted_sum_of<1, vecs>(v + d, stride, n, rescale + r, out + r * padded_depth + d, r);
-      }
-    }
-    for (; d < padded_depth; d += kLane) {
-      for (int64_t r = 0; r < count; ++r) weighted_sum_of<1, 1>(v + d, stride, n, rescale + r, out + r * padded_depth + d, r);
+  void weighted_sum(const TileRows<T>& v, int64_t count, const C* rescale, C* out, const Ahead& next) {
+    switch (count) {
+      case 1: return weighted_sum_of<1>(v, rescale, out, next);
+      case 2: return weighted_sum_of<2>(v, rescale, out, next);
+      case 3: return weighted_sum_of<3>(v, rescale, out, next);
+      default: return weighted_sum_of<kChunk>(v, rescale, out, next);
     }
   }
 
+  template <int ROWS>
+  void weighted_sum_of(const TileRows<T>& v, const C* rescale, C* out, Ahead next) {
+    const int64_t d = columns<ROWS, (ROWS > 2 ? 1 : 2) * kTileVecs>(v, 0, rescale, out, next);
+    if (v.tail) block<ROWS, 1>(v.tail, kLane, v.count, rescale, out + d, next);
+  }
+
+  template <int ROWS, int VECS>
+  int64_t columns(const TileRows<T>& v, int64_t d, const C* rescale, C* out, Ahead& next) {
+    for (; d + VECS * kLane <= whole; d += VECS * kLane) {
+      block<ROWS, VECS>(v.data + d, v.stride, v.count, rescale, out + d, next);
+    }
+    if constexpr (VECS > 1) return columns<ROWS, VECS / 2>(v, d, rescale, out, next);
+    else return d;
+  }
+
+  // Sums begin at zero and meet the old ones at the end: short chains of additions round less.
   template <int ROWS, int VECS, class S>
-  void weighted_sum_of(const S* v, int64_t stride, int64_t n, const C* rescale, C* out, int64_t first = 0) {
+  __attribute__((noinline)) void block(const S* v, int64_t stride, int64_t n, const C* rescale, C* out, Ahead& next) {
     Vec<C> sum[ROWS][VECS];
     for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < VECS; ++i) sum[r][i] = load(out + r * padded_depth + i * kLane) * broadcast(rescale[r]);
-    const C* weights = s.scores + first * kTileKeys;
+      for (int i = 0; i < VECS; ++i) sum[r][i] = Vec<C>{};
     for (int64_t t = 0; t < n; ++t) {
+      next.prefetch(t);
       Vec<C> value[VECS];
       for (int i = 0; i < VECS; ++i) value[i] = load_wide(v + t * stride + i * kLane);
       for (int r = 0; r < ROWS; ++r) {
-        const Vec<C> x = broadcast(weights[r * kTileKeys + t]);
+        const Vec<C> x = broadcast(s.scores[r * kTileKeys + t]);
         for (int i = 0; i < VECS; ++i) sum[r][i] += x * value[i];
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < VECS; ++i) store(out + r * padded_depth + i * kLane, sum[r][i]);
+    for (int64_t t = n; t < next.rows; ++t) next.prefetch(t);
+    next.rows = 0;
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < VECS; ++i) {
+        C* to = out + r * padded_depth + i * kLane;
+        store(to, load(to) * broadcast(rescale[r]) + sum[r][i]);
+      }
+    }
   }
 
   const ZeroGateParams& p;
+  const Sequence& seq;
   const DecodeScratch<C>& s;
-  const Sequence seq;
   const int64_t batch, head_kv, group, rows, depth, padded_depth;
+  const int64_t whole;  // the part of head_dim that fills vectors
+  const int64_t tile_keys;
+};
+
+// Workspace: how many ranges of each head are done, the ranges' states, a scratch per worker.
+template <class C>
+struct Workspace {
+  int64_t counters, state_bytes, scratch_bytes, states, workers;
+
+  Workspace(const ZeroGateParams& p, const Sizes& z)
+      : counters(round_up(p.batch * p.heads_kv * static_cast<int64_t>(sizeof(int64_t)), 64)),
+        state_bytes(bytes_of<Partial, C>(z)), scratch_bytes(bytes_of<DecodeScratch, C>(z)), states(counters),
+        workers(states + p.batch * p.heads_kv * z.most_ranges * state_bytes) {}
 };
 
 template <class T>
 void decode_typed(const ZeroGateParams& p, const Parallel& parallel) {
   using C = Compute<T>;
-  const Ranges ranges = ranges_of<C>(p);
-  const int64_t state_bytes = bytes_of<Partial, C>(ranges), scratch_bytes = bytes_of<DecodeScratch, C>(ranges);
-  const int64_t heads = p.batch * p.heads_kv;
-  char* states = static_cast<char*>(p.workspace);
-  char* workers = states + heads * ranges.count * state_bytes;
-  run_tasks(parallel, heads * ranges.count, [&](int64_t task, int64_t worker) {
-    Scratch memory(workers + worker * scratch_bytes), own(states + task * state_bytes);
-    const DecodeScratch<C> scratch(memory, ranges);
-    const int64_t range = task % ranges.count, head = task / ranges.count;
-    DecodeRows<T>(p, ranges, scratch, head / p.heads_kv, head % p.heads_kv)
-        .keys(range * ranges.keys, (range + 1) * ranges.keys, Partial<C>(own, ranges));
-  });
-  run_tasks(parallel, heads, [&](int64_t head, int64_t worker) {
-    Scratch memory(workers + worker * scratch_bytes);
-    const DecodeScratch<C> scratch(memory, ranges);
-    DecodeRows<T>(p, ranges, scratch, head / p.heads_kv, head % p.heads_kv)
-        .finish(states + head * ranges.count * state_bytes, ranges, state_bytes);
+  const Sizes z = sizes_of<C>(p);
+  const Workspace<C> layout(p, z);
+  const int64_t heads = p.batch * p.heads_kv, tasks = heads * z.most_ranges;
+  if (tasks == 0) return;
+  char* memory = static_cast<char*>(p.workspace);
+  int64_t* done = reinterpret_cast<int64_t*>(memory);
+  for (int64_t i = 0; i < heads; ++i) done[i] = 0;
+  // Ranges of keys follow each other in memory; where heads lie side by side (a [batch, keys, heads, head_dim] cache),
+  // the same range of all heads does, and shares its pages.
+  const bool heads_side_by_side = p.key.stride_head < p.key.stride_row;
+  run_tasks(parallel, tasks, [&](int64_t task, int64_t worker) {
+    const int64_t b = task / (p.heads_kv * z.most_ranges), rest = task % (p.heads_kv * z.most_ranges);
+    const int64_t range = heads_side_by_side ? rest / p.heads_kv : rest % z.most_ranges;
+    const int64_t head = heads_side_by_side ? rest % p.heads_kv : rest / z.most_ranges;
+    const Sequence seq = sequence_of(p, b);
+    const Ranges ranges(seq, z.rows);
+    if (range >= ranges.count) return;
+    Scratch own(memory + layout.workers + worker * layout.scratch_bytes);
+    const DecodeScratch<C> scratch(own, z);
+    char* states = memory + layout.states + (b * p.heads_kv + head) * z.most_ranges * layout.state_bytes;
+    Scratch state(states + range * layout.state_bytes);
+    DecodeRows<T> rows(p, z, seq, b, head, scratch);
+    const int64_t begin = ranges.begin + range * ranges.keys;
+    rows.words(begin, smaller(begin + ranges.keys, ranges.end), Partial<C>(state, z));
+    const int64_t finished = __atomic_add_fetch(done + b * p.heads_kv + head, 1, __ATOMIC_ACQ_REL);
+    if (finished == ranges.count) rows.finish(states, z, layout.state_bytes, ranges.count);
   });
 }
 
@@ -310,8 +422,8 @@ void decode_typed(const ZeroGateParams& p, const Parallel& parallel) {
 int64_t decode_workspace(const ZeroGateParams& p, int threads) {
   return with_storage_type(p.dtype, [&](auto type) {
     using C = Compute<decltype(type)>;
-    const Ranges r = ranges_of<C>(p);
-    return p.batch * p.heads_kv * r.count * bytes_of<Partial, C>(r) + threads * bytes_of<DecodeScratch, C>(r);
+    const Workspace<C> layout(p, sizes_of<C>(p));
+    return layout.workers + threads * layout.scratch_bytes;
   });
 }
 
