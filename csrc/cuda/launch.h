@@ -1,0 +1,37 @@
+// The CUDA kernels' plain C interface: everything the op layer, and the emulator's test module, may call.
+//
+// Every function returns 0 or a code that lak_cuda_error explains. Nothing here waits for the device, and nothing but kernel
+// launches happens on the stream, so that calls may be captured into a CUDA graph.
+#pragma once
+
+#include <cstdint>
+
+#include "zero_gate_params.h"
+
+#define LAK_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+enum LakCudaError : int {
+  kLakSuccess = 0,
+  kLakBadDtype,
+  kLakBadHeadDim,
+  kLakMisaligned,
+  kLakBadSize,
+  kLakGridTooLarge,
+  kLakNoCodeForDevice,
+  kLakTooMuchSharedMemory,
+  kLakNoWorkspace,
+  kLakLaunchFailed,
+};
+
+LAK_EXPORT const char* lak_cuda_error(int code);
+
+LAK_EXPORT int lak_cuda_forward(const lak::ZeroGateParams* params, void* stream);
+LAK_EXPORT int lak_cuda_backward(const lak::ZeroGateParams* params, void* stream);
+LAK_EXPORT int lak_cuda_decode(const lak::ZeroGateParams* params, void* stream);
+
+// Bytes of params.workspace.
+LAK_EXPORT int64_t lak_cuda_backward_workspace(const lak::ZeroGateParams* params);
+LAK_EXPORT int64_t lak_cuda_decode_workspace(const lak::ZeroGateParams* params);
+}

@@ -1,0 +1,268 @@
+// Forward: softmax(scale Q K^T) V + gate softmax(scale Q Kp^T) Vp in one pass over the keys (FlashAttention-2).
+//
+// A block owns kRows queries of one head; each of its four warps 16 kRowTiles of them, alone: rows never meet in shared
+// memory. Keys come in tiles of kKeys; scores, probabilities and the output stay in registers. The copy of V runs under
+// Q K^T, that of the next K under softmax and P V. After the last tile the output is normalised, and the prefix is added to
+// it as one more tile whose probabilities are complete (they sum to the gate): no second accumulator, no rescaling.
+//
+// Shared memory: Q [kRows, D], K [kKeys, D], V [kKeys, D], prefix K [16, D], prefix V [16, D] (see ForwardMemory).
+#pragma once
+
+#include "sm80/scores.h"
+
+namespace lak {
+
+template <class T, int kHeadDim>
+struct ForwardMemory {
+  using Tiles = ForwardTiles<T, kHeadDim>;
+  SharedTile<T, Tiles::kRows, kHeadDim> query;
+  SharedTile<T, Tiles::kKeys, kHeadDim> key, value;
+  SharedTile<T, kPrefixTile, kHeadDim> prefix_key, prefix_value;
+  // Untuned: the prefix takes the place of the last keys instead, which saves memory and costs a wait.
+  static constexpr bool kPrefixApart = kIsTuned<T, kHeadDim>;
+  static_assert(kPrefixApart || Tiles::kKeys == kPrefixTile);
+  static constexpr int kBytes =
+      (Tiles::kRows + 2 * Tiles::kKeys + (kPrefixApart ? 2 * kPrefixTile : 0)) * kHeadDim * static_cast<int>(sizeof(T));
+
+  __device__ __forceinline__ explicit ForwardMemory(uint32_t base) {
+    query.base = base;
+    key.base = query.base + query.kBytes;
+    value.base = key.base + key.kBytes;
+    prefix_key.base = kPrefixApart ? value.base + value.kBytes : key.base;
+    prefix_value.base = kPrefixApart ? prefix_key.base + prefix_key.kBytes : value.base;
+  }
+};
+
+// Online softmax of one tile: scores become probabilities relative to the new maximum, which is kept in units of `c`.
+template <int kM, int kN, int kD>
+__device__ __forceinline__ void softmax_step(float (&c)[kM][kN][4], float (&largest)[kM][2], float (&total)[kM][2],
+                                             float (&output)[kM][kD][4], float scale_log2) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float tile_max = largest[m][half];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) tile_max = fmaxf(tile_max, fmaxf(c[m][n][2 * half], c[m][n][2 * half + 1]));
+      tile_max = row_max(tile_max);
+      // A row that has seen no key yet: any finite shift keeps exp2(-inf) at 0.
+      const float shift = tile_max == -kInfinity ? 0.0f : tile_max * scale_log2;
+      const float rescale = ptx::exp2_fast(largest[m][half] == -kInfinity ? -kInfinity : largest[m][half] * scale_log2 - shift);
+      largest[m][half] = tile_max;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          c[m][n][e] = ptx::exp2_fast(fmaf(c[m][n][e], scale_log2, -shift));
+          sum += c[m][n][e];
+        }
+      }
+      total[m][half] = fmaf(total[m][half], rescale, sum);
+#pragma unroll
+      for (int n = 0; n < kD; ++n) {
+        output[m][n][2 * half] *= rescale;
+        output[m][n][2 * half + 1] *= rescale;
+      }
+    }
+  }
+}
+
+// Scores of 16 prefix slots, scaled; -inf where there is no slot.
+template <int kM, class T, int R, int C>
+__device__ __forceinline__ void prefix_scores(float (&c)[kM][2][4], SharedTile<T, R, C> query, int row,
+                                              SharedTile<T, kPrefixTile, C> prefix_key, int slots_left, float scale_log2) {
+  set_zero(c);
+  multiply_abt(c, query, row, prefix_key, 0);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        c[m][n][e] = 8 * n + lane_id() % 4 * 2 + e % 2 < slots_left ? c[m][n][e] * scale_log2 : -kInfinity;
+      }
+    }
+  }
+}
+
+template <class T, int kHeadDim, bool kElementwise>
+__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
+    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
+  using Tiles = ForwardTiles<T, kHeadDim>;
+  constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
+  constexpr bool kPrefixApart = ForwardMemory<T, kHeadDim>::kPrefixApart;
+  const ForwardMemory<T, kHeadDim> memory(ptx::dynamic_shared_memory());
+
+  // Causal rows cost more the later they are: those go first.
+  const int block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks);
+  const int head = static_cast<int>(blockIdx.x / row_blocks % p.heads_q);
+  const int b = static_cast<int>(blockIdx.x / row_blocks / p.heads_q);
+  const Sequence s = sequence_of(p, b);
+  const int first_row = block * Tiles::kRows;
+  if (first_row >= s.queries) return;
+  const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int head_dim = static_cast<int>(p.head_dim), thread = threadIdx.x;
+  const int warp_row = warp_id() * 16 * kM;
+  const ScoreRule rule = score_rule(p, b, head);
+  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule leaves
+
+  const T* query = head_pointer<const T>(p.query, b, head, s.first_query);
+  const T* key = head_pointer<const T>(p.key, b, head_kv, s.first_key);
+  const T* value = head_pointer<const T>(p.value, b, head_kv, s.first_key);
+  const T* prefix_key = head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0);
+  const T* prefix_value = head_pointer<const T>(p.prefix_value, s.prefix, head_kv, 0);
+
+  const int last_row = lower(first_row + Tiles::kRows, s.queries) - 1;
+  const int begin = s.key_begin / Tiles::kKeys;
+  const int end = (higher(visible_end(s, last_row), 0) + Tiles::kKeys - 1) / Tiles::kKeys;
+  // Tiles [full_begin, full_end) are seen whole by every row: no score of theirs needs to be looked at.
+  const int full_begin = (s.key_begin + Tiles::kKeys - 1) / Tiles::kKeys;
+  const int full_end = last_row + 1 - first_row < Tiles::kRows ? 0 : higher(visible_end(s, first_row), 0) / Tiles::kKeys;
+
+  const auto copy_key = [&](int tile) {
+    copy_rows<kThreads>(memory.key, key, p.key.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim, thread);
+    ptx::commit_async_copies();
+  };
+  const auto copy_value = [&](int tile) {
+    copy_rows<kThreads>(memory.value, value, p.value.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim, thread);
+    ptx::commit_async_copies();
+  };
+  const auto copy_prefix = [&](int slot) {
+    copy_rows<kThreads>(memory.prefix_key, prefix_key, p.prefix_key.stride_row, slot, 0, s.slots, head_dim, thread);
+    copy_rows<kThreads>(memory.prefix_value, prefix_value, p.prefix_value.stride_row, slot, 0, s.slots, head_dim, thread);
+  };
+
+  copy_rows<kThreads>(memory.query, query, p.query.stride_row, first_row, 0, s.queries, head_dim, thread);
+  if (kPrefixApart && s.slots > 0) copy_prefix(0);
+  if (begin < end) copy_key(begin);
+
+  float output[kM][kD][4], largest[kM][2], total[kM][2];
+  set_zero(output);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    largest[m][0] = largest[m][1] = -kInfinity;
+    total[m][0] = total[m][1] = 0.0f;
+  }
+
+  const auto step = [&](int tile, auto is_masked) {
+    ptx::wait_async_copies<0>();
+    __syncthreads();  // K (and Q) is there; every warp is done with V
+    copy_value(tile);
+    float c[kM][kN][4];
+    set_zero(c);
+    multiply_abt(c, memory.query, warp_row, memory.key, 0);
+    ptx::wait_async_copies<0>();
+    __syncthreads();  // V is there; every warp is done with K
+    if (tile + 1 < end) copy_key(tile + 1);
+    if constexpr (kElementwise || decltype(is_masked)::value) {
+      apply_rule<kElementwise>(c, rule, s, first_row + warp_row, tile * Tiles::kKeys);
+    }
+    softmax_step(c, largest, total, output, scale);
+    multiply_pb(output, c, memory.value, 0);
+  };
+  for (int tile = begin; tile < end; ++tile) {
+    if (tile < full_begin || tile >= full_end) {
+      step(tile, std::true_type{});
+    } else {
+      step(tile, std::false_type{});
+    }
+  }
+  ptx::commit_async_copies();
+  ptx::wait_async_copies<0>();
+  __syncthreads();
+
+  // The word branch is complete: normalise it and leave its statistics.
+  const int64_t statistics = statistic_row(p, s, b, head);
+  constexpr float kLn2 = 0.6931471805599453f;
+  float* logsumexp = p.logsumexp.data == nullptr ? nullptr : static_cast<float*>(p.logsumexp.data) + statistics;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = row_sum(total[m][half]);
+      const int row = first_row + warp_row + 16 * m + 8 * half + lane_id() / 4;
+      if (logsumexp != nullptr && lane_id() % 4 == 0 && row < s.queries) {
+        ptx::store_global(logsumexp + row, sum > 0.0f ? (largest[m][half] * scale + ptx::log2_fast(sum)) * kLn2 : -kInfinity);
+      }
+      const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+      for (int n = 0; n < kD; ++n) {
+        output[m][n][2 * half] *= factor;
+        output[m][n][2 * half + 1] *= factor;
+      }
+    }
+  }
+
+  const float gate = gate_of(p, s, head);
+  if (s.slots > 0) {
+    // First the maximum and the sum over all slots, then their weights; up to 16 slots are one tile, already here.
+    float c[kM][2][4], prefix_max[kM][2], prefix_sum[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      prefix_max[m][0] = prefix_max[m][1] = -kInfinity;
+      prefix_sum[m][0] = prefix_sum[m][1] = 0.0f;
+    }
+    for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
+      if (slot > 0 || !kPrefixApart) {
+        __syncthreads();
+        copy_prefix(slot);
+        ptx::commit_async_copies();
+        ptx::wait_async_copies<0>();
+        __syncthreads();
+      }
+      prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, rule.scale_log2);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float new_max = prefix_max[m][half];
+#pragma unroll
+          for (int n = 0; n < 2; ++n) new_max = fmaxf(new_max, fmaxf(c[m][n][2 * half], c[m][n][2 * half + 1]));
+          new_max = row_max(new_max);
+          float sum = prefix_sum[m][half] * ptx::exp2_fast(prefix_max[m][half] - new_max);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            sum += ptx::exp2_fast(c[m][n][2 * half] - new_max) + ptx::exp2_fast(c[m][n][2 * half + 1] - new_max);
+          }
+          prefix_max[m][half] = new_max;
+          prefix_sum[m][half] = sum;
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) prefix_sum[m][half] = gate / row_sum(prefix_sum[m][half]);
+    }
+    for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
+      if (s.slots > kPrefixTile) {
+        __syncthreads();
+        copy_prefix(slot);
+        ptx::commit_async_copies();
+        ptx::wait_async_copies<0>();
+        __syncthreads();
+        prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, rule.scale_log2);
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[m][n][e] = ptx::exp2_fast(c[m][n][e] - prefix_max[m][e / 2]) * prefix_sum[m][e / 2];
+        }
+      }
+      multiply_pb(output, c, memory.prefix_value, 0);
+    }
+  }
+
+  T* result = head_pointer<T>(p.output, b, head, s.first_query);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    // A sequence whose prefix index is out of range becomes NaN here.
+    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, s.queries, output[m], s.bad_prefix ? gate : 1.0f, 0,
+                   head_dim);
+  }
+}
+
+}  // namespace lak

@@ -1,0 +1,152 @@
+// Kernels with one planted fault each, and their correct twins: what the emulator has to catch.
+#include "faults.h"
+
+#include <cuda_runtime.h>
+
+#include <ptx/async_copy.h>
+#include <ptx/convert.h>
+#include <ptx/launch.h>
+#include <ptx/matrix.h>
+#include <ptx/memory.h>
+
+#include <stdexcept>
+
+namespace {
+
+using namespace lak;
+
+constexpr unsigned kBlock = 64;
+
+// Each thread writes a value and reads its neighbour's.
+template <bool kBarrier>
+__global__ void neighbour(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  ptx::store_shared(base + threadIdx.x * 4, static_cast<float>(threadIdx.x));
+  if (kBarrier) __syncthreads();
+  ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + (threadIdx.x + 1) % kBlock * 4));
+}
+
+// The second round overwrites what others may still read.
+__global__ void missing_second_barrier(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  for (int round = 0; round < 2; ++round) {
+    ptx::store_shared(base + threadIdx.x * 4, static_cast<float>(round));
+    __syncthreads();
+    ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + (threadIdx.x + 33) % kBlock * 4));
+  }
+}
+
+__global__ void missing_warp_sync(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  ptx::store_shared(base + threadIdx.x * 4, 1.0f);
+  ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + (threadIdx.x ^ 1) * 4));
+}
+
+template <int kInFlight>
+__global__ void wait_for_copy(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  if (threadIdx.x < 16) ptx::copy_async_16(base + threadIdx.x * 16, out + threadIdx.x * 4, true);
+  ptx::commit_async_copies();
+  ptx::wait_async_copies<kInFlight>();
+  __syncthreads();
+  ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + threadIdx.x * 4) + 1.0f);
+}
+
+__global__ void shared_off_by_one(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  ptx::store_shared(base + (threadIdx.x + 1) * 4, 1.0f);
+  __syncthreads();
+  ptx::store_global(out + threadIdx.x, 1.0f);
+}
+
+__global__ void global_off_by_one(float* out) { ptx::store_global(out + threadIdx.x + 1, 1.0f); }
+
+__global__ void misaligned_copy(float* out) {
+  ptx::copy_async_16(ptx::dynamic_shared_memory(), out + 1, true);
+}
+
+__global__ void divergent_barrier(float* out) {
+  if (threadIdx.x < 32) __syncthreads();
+  ptx::store_global(out + threadIdx.x, 1.0f);
+}
+
+__global__ void two_barriers(float* out) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  ptx::store_global(out + threadIdx.x, 1.0f);
+}
+
+__global__ void divergent_shuffle(float* out) {
+  float value = 1.0f;
+  if (threadIdx.x % 32 < 31) value = __shfl_xor_sync(0xffffffffu, value, 1);
+  ptx::store_global(out + threadIdx.x, value);
+}
+
+// The shared memory that nobody wrote is NaN.
+__global__ void uninitialised(float* out) {
+  ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(ptx::dynamic_shared_memory() + threadIdx.x * 4));
+}
+
+// 1024 threads and a sum over all of them.
+__global__ void many_threads(float* out) { ptx::add_global(out + threadIdx.x % 64, 1.0f); }
+
+// C = A B with A[i][k] = i + k, B = unit matrix: out[r] = C[r][r] through ldmatrix, mma and stmatrix.
+__global__ void matrix_round_trip(float* out) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  const unsigned lane = threadIdx.x;
+  if (lane < 16) {
+    for (unsigned k = 0; k < 16; ++k) {
+      ptx::store_shared(base + lane * 32 + k * 2, ptx::narrow<BFloat16>(static_cast<float>(lane + k)));
+      ptx::store_shared(base + 512 + lane * 32 + k * 2, ptx::narrow<BFloat16>(lane == k ? 1.0f : 0.0f));
+    }
+  }
+  __syncwarp();
+  uint32_t a[4], b[4];
+  ptx::load_matrices(a, base + lane % 16 * 32 + lane / 16 * 16);
+  ptx::load_matrices_transposed(b, base + 512 + lane % 16 * 32 + lane / 16 * 16);
+  float c[2][4] = {};
+  ptx::mma_m16n8k16<BFloat16>(c[0], a, b[0], b[1]);
+  ptx::mma_m16n8k16<BFloat16>(c[1], a, b[2], b[3]);
+  __syncwarp();
+  const uint32_t packed[4] = {ptx::pack<BFloat16>(c[0][0], c[0][1]), ptx::pack<BFloat16>(c[0][2], c[0][3]),
+                              ptx::pack<BFloat16>(c[1][0], c[1][1]), ptx::pack<BFloat16>(c[1][2], c[1][3])};
+  ptx::store_matrices(packed, base + lane % 16 * 32 + lane / 16 * 16);
+  __syncwarp();
+  if (lane < 16) {
+    float sum = 0;
+    for (unsigned k = 0; k < 16; ++k) sum += ptx::widen(ptx::load_shared<BFloat16>(base + lane * 32 + k * 2));
+    ptx::store_global(out + lane, sum);
+  }
+}
+
+}  // namespace
+
+namespace emulator {
+
+void run_fault(const std::string& name, uint64_t memory) {
+  auto* out = reinterpret_cast<float*>(memory);
+#define LAK_KERNEL(label, kernel, threads, bytes) \
+  if (name == label) return static_cast<void>(lak::ptx::launch<kernel>(2, threads, bytes, nullptr, out));
+  LAK_KERNEL("barrier", neighbour<true>, kBlock, 256)
+  LAK_KERNEL("missing_barrier", neighbour<false>, kBlock, 256)
+  LAK_KERNEL("missing_second_barrier", missing_second_barrier, kBlock, 256)
+  LAK_KERNEL("missing_warp_sync", missing_warp_sync, 32, 256)
+  LAK_KERNEL("waited_copy", wait_for_copy<0>, kBlock, 256)
+  LAK_KERNEL("unwaited_copy", wait_for_copy<1>, kBlock, 256)
+  LAK_KERNEL("shared_off_by_one", shared_off_by_one, kBlock, 256)
+  LAK_KERNEL("global_off_by_one", global_off_by_one, kBlock, 256)
+  LAK_KERNEL("misaligned_copy", misaligned_copy, 32, 256)
+  LAK_KERNEL("divergent_barrier", divergent_barrier, kBlock, 0)
+  LAK_KERNEL("two_barriers", two_barriers, kBlock, 0)
+  LAK_KERNEL("divergent_shuffle", divergent_shuffle, 32, 0)
+  LAK_KERNEL("uninitialised", uninitialised, kBlock, 256)
+  LAK_KERNEL("many_threads", many_threads, 1024, 0)
+  LAK_KERNEL("matrix_round_trip", matrix_round_trip, 32, 1024)
+#undef LAK_KERNEL
+  throw std::invalid_argument("no kernel is called " + name);
+}
+
+}  // namespace emulator

@@ -1,0 +1,135 @@
+// Stands in for the CUDA toolkit's header when g++ compiles .cu files: the language's keywords and built-ins, executed by
+// the machine in machine.h. PTX instructions are in ptx/ beside this file.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "machine.h"
+
+#define LAK_EMULATOR 1
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+#define threadIdx (::emulator::active_block().thread().index)
+#define blockIdx (::emulator::active_block().index())
+#define blockDim (::emulator::active_block().launch().block)
+#define gridDim (::emulator::active_block().launch().grid)
+
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
+  auto& block = emulator::active_block();
+  const auto& size = block.launch().block;
+  block.barrier(0, size.x * size.y * size.z, where);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
+  emulator::active_block().warp_sync(mask, where);
+}
+
+namespace emulator {
+
+// A shuffle: every lane brings a value and the lane it wants to read.
+template <class T>
+struct Shuffle {
+  T value;
+  unsigned source;
+  T result;
+};
+
+template <class T>
+T shuffle(const char* name, unsigned mask, T value, unsigned source, Where where) {
+  Shuffle<T> mine{value, source, value};
+  active_block().collective(name, mask, &mine, [](void** lanes) {
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      auto* to = static_cast<Shuffle<T>*>(lanes[lane]);
+      if (to == nullptr || to->source > 31) continue;
+      const auto* from = static_cast<Shuffle<T>*>(lanes[to->source]);
+      if (from == nullptr) active_block().fail("shuffle from a lane outside of the mask", Where::current());
+      to->result = from->value;
+    }
+  }, where);
+  return mine.result;
+}
+
+struct Vote {
+  bool predicate;
+  unsigned result;
+};
+
+inline unsigned ballot(const char* name, unsigned mask, bool predicate, Where where) {
+  Vote mine{predicate, 0};
+  active_block().collective(name, mask, &mine, [](void** lanes) {
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (lanes[lane] != nullptr && static_cast<Vote*>(lanes[lane])->predicate) result |= 1u << lane;
+    }
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (lanes[lane] != nullptr) static_cast<Vote*>(lanes[lane])->result = result;
+    }
+  }, where);
+  return mine.result;
+}
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int = 32, emulator::Where where = emulator::Where::current()) {
+  return emulator::shuffle("__shfl_sync", mask, value, lane % 32, where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int = 32, emulator::Where where = emulator::Where::current()) {
+  return emulator::shuffle("__shfl_xor_sync", mask, value, emulator::active_block().thread().lane ^ lanes, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int lanes, int = 32, emulator::Where where = emulator::Where::current()) {
+  return emulator::shuffle("__shfl_down_sync", mask, value, emulator::active_block().thread().lane + lanes, where);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate, emulator::Where where = emulator::Where::current()) {
+  return emulator::ballot("__ballot_sync", mask, predicate, where);
+}
+inline bool __any_sync(unsigned mask, bool predicate, emulator::Where where = emulator::Where::current()) {
+  return emulator::ballot("__any_sync", mask, predicate, where) != 0;
+}
+inline bool __all_sync(unsigned mask, bool predicate, emulator::Where where = emulator::Where::current()) {
+  return emulator::ballot("__all_sync", mask, predicate, where) == mask;
+}
+
+// ---- the host's side: an emulated device of compute capability 9.0 with two multiprocessors ----
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoKernelImageForDevice = 209 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
+  int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion;
+};
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  *attributes = {0, 0, 0, 1024, 0, 90, 90};
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 * 1024;
+  return cudaSuccess;
+}

@@ -1,0 +1,71 @@
+"""The emulator itself: a kernel with a planted fault must be reported, its correct twin must not."""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+SEEDS = range(6)  # every temper of the scheduler, twice
+
+
+def run(emulator: ModuleType, name: str, seed: int) -> torch.Tensor:
+    memory = torch.zeros(64)
+    emulator.forget_memory()
+    emulator.register_memory("out", memory.data_ptr(), 256, True)
+    emulator.set_seed(seed)
+    emulator.run_fault(name, memory.data_ptr())
+    return memory
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("name", "reports"),
+    [
+        ("missing_barrier", "race in shared memory"),
+        ("missing_second_barrier", "race in shared memory"),
+        ("missing_warp_sync", "race in shared memory"),
+        ("unwaited_copy", "before the wait for its cp.async"),
+        ("shared_off_by_one", "out of bounds: write of 4 bytes at offset 256 of 256 bytes of shared memory"),
+        ("global_off_by_one", "write of 4 bytes of global memory, 256 bytes from the beginning of out"),
+        ("misaligned_copy", "misaligned access of 16 bytes"),
+        ("divergent_barrier", "divergent barrier: not every thread reaches it"),
+        ("two_barriers", "divergent barrier: some threads wait at"),
+        ("divergent_shuffle", "deadlock: every thread waits"),
+    ],
+)
+def test_planted_fault_is_reported(emulator: ModuleType, name: str, reports: str, seed: int) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        run(emulator, name, seed)
+    report = str(caught.value)
+    assert reports in report
+    assert "faults.cu:" in report, "the source line"
+    assert "thread" in report
+    assert "block (" in report
+    assert "kernel" in report
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_correct_twins_are_not(emulator: ModuleType, seed: int) -> None:
+    expected = (torch.arange(64) + 1.0) % 64
+    assert torch.equal(run(emulator, "barrier", seed), expected)
+    # Two blocks add 1 to the same buffer: whatever their order, the copy of each is complete.
+    assert torch.equal(run(emulator, "waited_copy", seed), torch.full((64,), 2.0))
+
+
+def test_shared_memory_begins_as_nan(emulator: ModuleType) -> None:
+    assert run(emulator, "uninitialised", 0).isnan().all()
+
+
+def test_1024_threads_and_atomics(emulator: ModuleType) -> None:
+    assert torch.equal(run(emulator, "many_threads", 0), torch.full((64,), 32.0))
+
+
+def test_matrix_instructions(emulator: ModuleType) -> None:
+    row_sums = torch.tensor([float(sum(row + k for k in range(16))) for row in range(16)])
+    assert torch.equal(run(emulator, "matrix_round_trip", 0)[:16], row_sums)
+
+
+def test_a_failed_launch_leaves_nothing_behind(emulator: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="divergent"):
+        run(emulator, "divergent_barrier", 0)
+    assert torch.equal(run(emulator, "barrier", 0), (torch.arange(64) + 1.0) % 64)
