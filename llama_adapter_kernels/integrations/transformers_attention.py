@@ -113,9 +113,6 @@ def _packed(
 ) -> Tensor:  # fmt: skip
     """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""
     if kwargs.get("cu_seq_lens_q") is not None:
-        # While torch.compile traces, transformers always makes a mask from position_ids: not the caller's, and not used.
-        if mask is not None and not isinstance(mask, Packed) and not torch.compiler.is_compiling():
-            raise ValueError("cu_seq_lens_q: expected no attention_mask that hides anything besides, got both")
         offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         longest_q, longest_k = int(kwargs["max_length_q"]), int(kwargs["max_length_k"])
         window = kwargs.get("sliding_window")
@@ -124,6 +121,9 @@ def _packed(
                 f"max_length_k: expected at most sliding_window {window}, got {longest_k}; "
                 "position_ids that restart with every sequence, without cu_seq_lens, are supported"
             )
+        # While torch.compile traces, transformers always makes a mask from position_ids: not the caller's, and not used.
+        if mask is not None and not isinstance(mask, Packed) and not torch.compiler.is_compiling():
+            raise ValueError("cu_seq_lens_q: expected no attention_mask that hides anything besides, got both")
     else:
         assert isinstance(mask, Packed)
         offsets_q = offsets_k = mask.offsets

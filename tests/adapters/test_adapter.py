@@ -5,56 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import CONFIGS, SHAPE, TOKENS, adapted, build
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama_adapter_kernels as lak
-
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama multi-head with biases": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}, attention_bias=True),
-    "llama head_dim 20": LlamaConfig(**SHAPE, head_dim=20),
-    "mistral": MistralConfig(**SHAPE, sliding_window=None),
-    "mistral sliding window": MistralConfig(**SHAPE, sliding_window=5),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
-}
-TOKENS = torch.arange(3, 25).repeat(2, 1)
-
-
-def build(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype, attn_implementation="sdpa").eval()
-    for parameter in model.parameters():  # biases start at zero: make them count
-        if parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def adapted(name: str = "llama", gate: float = 0.7, **config: object) -> tuple[nn.Module, lak.ZeroGateAdapter]:
-    model = build(name)
-    adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=4, **config))
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            layer.gate.fill_(gate)
-    return model, adapter
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_at_gate_zero_the_logits_are_those_of_the_base_model(name: str) -> None:
     base = build(name)(TOKENS).logits
-    model, _ = adapted(name, gate=0.0)
+    model, _ = adapted(name, opened=0.0)
     torch.testing.assert_close(model(TOKENS).logits, base, atol=1e-5, rtol=1e-5)
 
 
