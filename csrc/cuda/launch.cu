@@ -1,6 +1,7 @@
 // Checks what the kernels assume, once, and chooses the instantiation.
 #include "launch.h"
 
+#include "decode/decode_launch.h"
 #include "launchers.h"
 
 namespace {
@@ -73,6 +74,20 @@ int lak_cuda_forward(const ZeroGateParams* params, void* stream) {
   if (const int code = check(*params); code != kLakSuccess) return code;
   return for_instantiation(*params, [&]<class T, int kHeadDim>() {
     return lak::launch_forward<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t lak_cuda_decode_workspace(const ZeroGateParams* params) {
+  const ZeroGateParams& p = *params;
+  if (check(p) != kLakSuccess) return 0;
+  const int64_t rows = p.batch * p.heads_kv * lak::decode_row_tiles(p) * lak::decode_splits(p) * 16;
+  return rows * (p.head_dim + 2) * 4;
+}
+
+int lak_cuda_decode(const ZeroGateParams* params, void* stream) {
+  if (const int code = check(*params); code != kLakSuccess) return code;
+  return for_instantiation(*params, [&]<class T, int kHeadDim>() {
+    return lak::launch_decode<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
   });
 }
 }

@@ -1,0 +1,3 @@
+#include "decode/decode_launch.h"
+
+template int lak::launch_decode<float, 128>(const lak::ZeroGateParams&, cudaStream_t);
