@@ -29,11 +29,13 @@ struct SharedTile {
   static constexpr int kChunks = kColumns / kChunk;
   static constexpr int kRowBytes = kColumns * sizeof(T);
   static constexpr int kBytes = kRows * kRowBytes;
-  static_assert(kChunks % 8 == 0, "the permutation needs groups of eight chunks");
+  static_assert(kChunks % 8 == 0 || kChunks == 4, "the permutation is made for these");
 
   uint32_t base;
 
-  __device__ __forceinline__ uint32_t chunk(int row, int c) const { return base + row * kRowBytes + ((c ^ (row % 8)) * 16); }
+  __device__ __forceinline__ uint32_t chunk(int row, int c) const {
+    return base + row * kRowBytes + ((c ^ (kChunks == 4 ? row / 2 % 4 : row % 8)) * 16);
+  }
   __device__ __forceinline__ uint32_t element(int row, int column) const {
     return chunk(row, column / kChunk) + column % kChunk * sizeof(T);
   }

@@ -3,6 +3,7 @@
 
 #include "decode/decode_launch.h"
 #include "launchers.h"
+#include "sm80/backward_workspace.h"
 
 namespace {
 
@@ -88,6 +89,23 @@ int lak_cuda_decode(const ZeroGateParams* params, void* stream) {
   if (const int code = check(*params); code != kLakSuccess) return code;
   return for_instantiation(*params, [&]<class T, int kHeadDim>() {
     return lak::launch_decode<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t lak_cuda_backward_workspace(const ZeroGateParams* params) {
+  if (check(*params) != kLakSuccess) return 0;
+  int64_t bytes = 0;
+  for_instantiation(*params, [&]<class T, int kHeadDim>() {
+    bytes = lak::backward_workspace<T, kHeadDim>(*params).bytes;
+    return int{kLakSuccess};
+  });
+  return bytes;
+}
+
+int lak_cuda_backward(const ZeroGateParams* params, void* stream) {
+  if (const int code = check(*params); code != kLakSuccess) return code;
+  return for_instantiation(*params, [&]<class T, int kHeadDim>() {
+    return lak::launch_backward<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
   });
 }
 }

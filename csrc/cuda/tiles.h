@@ -28,19 +28,25 @@ struct ForwardTiles {
   static constexpr int kKeys = kIsTuned<T, kHeadDim> ? 64 : 16;
 };
 
-// Owner of keys (dK, dV): each warp holds dK and dV of its 16 keys in registers, 2 x kHeadDim / 2 of them a thread.
+// Backward. Warps of a block: float32 with 256 columns has room for two only.
+template <class T, int kHeadDim>
+constexpr int kBackwardWarps = !kIsHalf<T> && kHeadDim == 256 ? 2 : 4;
+
+// Owner of keys (dK, dV): each warp holds dK and dV of its 16 keys in registers, kHeadDim of them a thread. The tuned ones
+// take the next queries while they compute (two stages).
 template <class T, int kHeadDim>
 struct KeyGradientTiles {
-  static constexpr int kKeys = kWarps * 16;
+  static constexpr int kKeys = kBackwardWarps<T, kHeadDim> * 16;
   static constexpr int kRows = kIsTuned<T, kHeadDim> ? (kHeadDim == 64 ? 64 : 32) : 16;
-  static constexpr int kHeadSplits = kHeadDim == 256 ? 2 : 1;  // 256 columns of two gradients would not fit: in two passes
+  static constexpr int kStages = kIsTuned<T, kHeadDim> ? 2 : 1;
 };
 
-// Owner of queries (dQ, deterministic).
+// Owner of queries (dQ where it must be deterministic, or is asked for alone).
 template <class T, int kHeadDim>
 struct QueryGradientTiles {
-  static constexpr int kRows = kWarps * 16;
+  static constexpr int kRows = kBackwardWarps<T, kHeadDim> * 16;
   static constexpr int kKeys = kIsTuned<T, kHeadDim> ? 32 : 16;
+  static constexpr int kStages = kIsTuned<T, kHeadDim> ? 2 : 1;
 };
 
 // Each warp of decode streams its own keys, 16 at a time, in a pipeline of this depth.

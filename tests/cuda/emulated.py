@@ -51,6 +51,7 @@ class EmulatedProblem:
             self.params["prefix_count"], _, self.params["prefix_length"], _ = prefix_key.shape
             self._view("prefix_key", prefix_key, writable=False)
             self._view("prefix_value", tensors["prefix_value"], writable=False)
+            self.gate_shape = gate.shape
             gate = gate.expand(prefix_key.shape[0], query.shape[1])
             self.params["gate"] = [self._register("gate", gate, False), *gate.stride()]
             self.gate = gate
@@ -128,4 +129,6 @@ class EmulatedProblem:
             gradients[f"d{name}"] = self._new(f"d{name}", tensor.detach())
         self._workspace("backward")
         self._run("backward")
+        if "dgate" in gradients:
+            gradients["dgate"] = gradients["dgate"].sum_to_size(self.gate_shape)
         return gradients

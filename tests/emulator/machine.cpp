@@ -294,13 +294,13 @@ void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, W
   std::memcpy(data, source, bytes);
 }
 
-void Block::issue_copy(uint32_t target, const void* source, Where where) {
-  shared(target, 16, "cp.async", where);
-  if (source != nullptr) check_global(source, 16, false, where);
+void Block::issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where) {
+  shared(target, bytes, "cp.async", where);
+  if (source != nullptr) check_global(source, bytes, false, where);
   // It may land at any time from now on: whoever still reads there races with it.
-  note_write(target, 16, where);
-  for (uint32_t a = target; a < target + 16; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
-  current_->open_group.push_back({target, source, where});
+  note_write(target, bytes, where);
+  for (uint32_t a = target; a < target + bytes; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
+  current_->open_group.push_back({target, bytes, source, where});
   ++current_counts.cp_async;
 }
 
@@ -314,13 +314,13 @@ void Block::wait_copies(unsigned left) {
   const size_t land = groups.size() > left ? groups.size() - left : 0;
   for (size_t g = 0; g < land; ++g) {
     for (const Copy& copy : groups[g]) {
-      for (uint32_t a = copy.target; a < copy.target + 16; a += 4) --words_[(a - kSharedBase) / 4].copies_in_flight;
-      note_write(copy.target, 16, copy.where);
-      uint8_t* data = shared(copy.target, 16, "cp.async", copy.where);
+      for (uint32_t a = copy.target; a < copy.target + copy.bytes; a += 4) --words_[(a - kSharedBase) / 4].copies_in_flight;
+      note_write(copy.target, copy.bytes, copy.where);
+      uint8_t* data = shared(copy.target, copy.bytes, "cp.async", copy.where);
       if (copy.source != nullptr) {
-        std::memcpy(data, copy.source, 16);
+        std::memcpy(data, copy.source, copy.bytes);
       } else {
-        std::memset(data, 0, 16);
+        std::memset(data, 0, copy.bytes);
       }
     }
   }

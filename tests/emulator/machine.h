@@ -25,7 +25,7 @@ struct Index {
 
 // A cp.async that was issued and has not landed.
 struct Copy {
-  uint32_t target;
+  uint32_t target, bytes;
   const void* source;  // nullptr: zero fill
   Where where;
 };
@@ -87,7 +87,7 @@ class Block {
 
   void read_shared(uint32_t address, void* target, uint32_t bytes, Where where);
   void write_shared(uint32_t address, const void* source, uint32_t bytes, Where where);
-  void issue_copy(uint32_t target, const void* source, Where where);
+  void issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where);
   void commit_copies();
   void wait_copies(unsigned groups_left_in_flight);
 

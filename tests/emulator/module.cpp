@@ -94,9 +94,7 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("forward", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_forward(&p, nullptr); });
   m.def("decode", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_decode(&p, nullptr); });
   m.def("decode_workspace", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_decode_workspace(&p); });
-#ifndef LAK_FORWARD_ONLY
   m.def("backward", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_backward(&p, nullptr); });
   m.def("backward_workspace", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_backward_workspace(&p); });
-#endif
   m.def("run_fault", &emulator::run_fault, "Runs the kernel with one planted fault; `name` is a function of faults.cu.");
 }
