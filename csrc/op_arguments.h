@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -24,13 +25,15 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
+
 inline DataType data_type_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DataType::kFloat32;
     case ScalarType::BFloat16: return DataType::kBFloat16;
     case ScalarType::Half: return DataType::kFloat16;
     case ScalarType::Double: return DataType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64");
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ", dtype_of(tensor));
   }
 }
 
@@ -40,13 +43,26 @@ inline ScalarType accumulator_type(const Tensor& query) {
 }
 
 // Kernels read rows of head_dim consecutive elements; any other layout is copied here.
-inline Tensor with_dense_rows(const Tensor& tensor) {
+inline bool has_dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+}
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return has_dense_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The result in the strides of empty_like(input), which the ops' fakes promise to the compiler. A copy only where the
+// input was copied as well; a gradient nobody asked for ([0]) stays.
+inline Tensor laid_out_like(const Tensor& result, const Tensor& input) {
+  if (result.dim() != input.dim() || has_dense_rows(input)) return result;
+  Tensor promised = torch::stable::empty_like(input);
+  torch::stable::copy_(promised, result);
+  return promised;
 }
 
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& query) {
-  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
+  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query, ",
+                  dtype_of(query), ", got ", dtype_of(tensor));
   STD_TORCH_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
 }
 
@@ -63,7 +79,7 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
 
 inline const int32_t* int32_data(const OptionalTensor& tensor, const char* name, int64_t size, const Tensor& query) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int, name, ": expected int32");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int, name, ": expected int32, got ", dtype_of(*tensor));
   STD_TORCH_CHECK(tensor->device() == query.device(), name, ": expected the device of query");
   check_shape(*tensor, name, {size});
   STD_TORCH_CHECK(size <= 1 || tensor->stride(0) == 1, name, ": expected a contiguous tensor");
@@ -94,7 +110,7 @@ inline MaskView mask_view_of(const Tensor& mask) {
     case ScalarType::BFloat16: type = MaskType::kBFloat16; break;
     case ScalarType::Half: type = MaskType::kFloat16; break;
     case ScalarType::Double: type = MaskType::kFloat64; break;
-    default: STD_TORCH_CHECK(false, "attn_mask: expected bool or a floating dtype");
+    default: STD_TORCH_CHECK(false, "attn_mask: expected bool or a floating dtype, got ", dtype_of(mask));
   }
   return {mask.const_data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3), type};
 }
@@ -112,7 +128,8 @@ struct OpArguments {
   // Checks everything that does not need the values of an integer tensor, and fills all but the outputs.
   ZeroGateParams params() {
     const int64_t rank = packed() ? 3 : 4;
-    STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
+                    "cu_seqlens_q, cu_seqlens_k: expected both or neither");
     STD_TORCH_CHECK(query.dim() == rank, "query: expected ", rank, " dimensions, got shape ", shape_of(query));
     STD_TORCH_CHECK(key.dim() == rank, "key: expected ", rank, " dimensions, got shape ", shape_of(key));
 
@@ -133,8 +150,9 @@ struct OpArguments {
       STD_TORCH_CHECK(!key_start && !key_end, "key_start, key_end: not used with packed sequences");
       STD_TORCH_CHECK(!attn_mask, "attn_mask: not used with packed sequences");
       p.batch = cu_seqlens_q->size(0) - 1;
-      p.seq_q = max_seqlen_q;
-      p.seq_k = max_seqlen_k;
+      // A generous bound costs nothing: no sequence is longer than all of them together.
+      p.seq_q = std::min(max_seqlen_q, p.total_q);
+      p.seq_k = std::min(max_seqlen_k, p.total_k);
       check_shape(key, "key", {p.total_k, p.heads_kv, p.head_dim});
       check_shape(value, "value", {p.total_k, p.heads_kv, p.head_dim});
     } else {
@@ -182,13 +200,16 @@ struct OpArguments {
     check_shape(*gate, "gate", {p.prefix_count, p.heads_q});
     check_like(*prefix_key, "prefix_key", query);
     check_like(*prefix_value, "prefix_value", query);
-    STD_TORCH_CHECK(gate->scalar_type() == accumulator_type(query), "gate: expected float32, or float64 for a float64 query");
+    STD_TORCH_CHECK(gate->scalar_type() == accumulator_type(query),
+                    "gate: expected float32, or float64 for a float64 query, got ", dtype_of(*gate));
     STD_TORCH_CHECK(gate->device() == query.device(), "gate: expected the device of query");
     if (prefix_index) {
-      STD_TORCH_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ", shape_of(*prefix_key));
+      STD_TORCH_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ",
+                      shape_of(*prefix_key));
     } else {
-      STD_TORCH_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch, "prefix_key: expected a first dimension of 1 or ",
-                      p.batch, " (one per sequence), or a prefix_index into the table; got shape ", shape_of(*prefix_key));
+      STD_TORCH_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch,
+                      "prefix_key: expected a first dimension of 1 or ", p.batch,
+                      " (one per sequence), or a prefix_index into the table; got shape ", shape_of(*prefix_key));
     }
     p.prefix_key = view_of(*(prefix_key = with_dense_rows(*prefix_key)));
     p.prefix_value = view_of(*(prefix_value = with_dense_rows(*prefix_value)));
@@ -213,7 +234,7 @@ inline Tensor new_workspace(const Tensor& query, int64_t bytes) {
   return torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
 }
 
-inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p, Tensor& doutput, const Tensor& output,
+inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p, Tensor& doutput, Tensor& output,
                                   const Tensor& logsumexp) {
   const auto check_as_query = [&](const Tensor& tensor, const char* name) {
     check_like(tensor, name, a.query);
@@ -222,13 +243,13 @@ inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p,
   };
   check_as_query(doutput, "doutput");
   check_as_query(output, "output");
-  STD_TORCH_CHECK(p.head_dim <= 1 || output.stride(output.dim() - 1) == 1, "output: expected stride 1 over head_dim");
   STD_TORCH_CHECK(logsumexp.scalar_type() == accumulator_type(a.query) && logsumexp.device() == a.query.device(),
                   "logsumexp: expected what forward returned");
   if (a.packed()) check_shape(logsumexp, "logsumexp", {p.heads_q, p.total_q});
   else check_shape(logsumexp, "logsumexp", {p.batch, p.heads_q, p.seq_q});
   STD_TORCH_CHECK(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor");
   doutput = with_dense_rows(doutput);
+  output = with_dense_rows(output);
 }
 
 struct Gradients {
@@ -239,14 +260,17 @@ struct Gradients {
 inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& p, bool need_dquery, bool need_dkey_dvalue,
                                bool need_dprefix) {
   const auto absent = [&](const Tensor& like) { return torch::stable::new_empty(like, {0}, like.scalar_type()); };
-  const auto like = [&](bool needed, const Tensor& tensor) { return needed ? torch::stable::empty_like(tensor) : absent(tensor); };
+  const auto like = [&](bool needed, const Tensor& tensor) {
+    return needed ? torch::stable::empty_like(tensor) : absent(tensor);
+  };
   const bool prefix = need_dprefix && a.prefix_key.has_value();
   Gradients g{like(need_dquery, a.query),
               like(need_dkey_dvalue, a.key),
               like(need_dkey_dvalue, a.value),
               prefix ? torch::stable::empty_like(*a.prefix_key) : absent(a.query),
               prefix ? torch::stable::empty_like(*a.prefix_value) : absent(a.query),
-              prefix ? torch::stable::new_empty(*a.gate, {p.prefix_count, p.heads_q}, a.gate->scalar_type()) : absent(a.query)};
+              prefix ? torch::stable::new_empty(*a.gate, {p.prefix_count, p.heads_q}, a.gate->scalar_type())
+                     : absent(a.query)};
   if (need_dquery) p.dquery = view_of(g.query);
   if (need_dkey_dvalue) {
     p.dkey = view_of(g.key);

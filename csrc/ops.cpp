@@ -31,11 +31,11 @@ void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, const char* l
                   cu_seqlens[p.batch]);
 }
 
-void check_values(const ZeroGateParams& p) {
+void check_values(const OpArguments& arguments, const ZeroGateParams& p) {
   check_lengths(p.key_start, "key_start", p.batch, p.seq_k);
   check_lengths(p.key_end, "key_end", p.batch, p.seq_k);
-  check_cu_seqlens(p.cu_seqlens_q, "cu_seqlens_q", "max_seqlen_q", p, p.total_q, p.seq_q);
-  check_cu_seqlens(p.cu_seqlens_k, "cu_seqlens_k", "max_seqlen_k", p, p.total_k, p.seq_k);
+  check_cu_seqlens(p.cu_seqlens_q, "cu_seqlens_q", "max_seqlen_q", p, p.total_q, arguments.max_seqlen_q);
+  check_cu_seqlens(p.cu_seqlens_k, "cu_seqlens_k", "max_seqlen_k", p, p.total_k, arguments.max_seqlen_k);
   for (int64_t b = 0; p.prefix_index != nullptr && b < p.batch; ++b) {
     STD_TORCH_CHECK(p.prefix_index[b] >= -1 && p.prefix_index[b] < p.prefix_count, "prefix_index: expected values from -1 to ",
                     p.prefix_count - 1, ", got ", p.prefix_index[b], " at position ", b);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, O
   OpArguments arguments{query,     key,     value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
                         key_end,   prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
   ZeroGateParams params = arguments.params();
-  check_values(params);
+  check_values(arguments, params);
   const cpu::Parallel parallel = torch_threads();
   Tensor output = new_output(arguments);
   Tensor logsumexp = new_logsumexp(arguments, params);
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, O
   Tensor workspace = new_workspace(query, cpu::forward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
   cpu::forward(params, parallel);
-  return {output, logsumexp};
+  return {laid_out_like(output, query), logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   OpArguments arguments{query,     key,     value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
                         key_end,   prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
   ZeroGateParams params = arguments.params();
-  check_values(params);
+  check_values(arguments, params);
   check_backward_inputs(arguments, params, doutput, output, logsumexp);
   const cpu::Parallel parallel = torch_threads();
   params.deterministic = deterministic;  // the CPU kernels always are
@@ -94,7 +94,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   Tensor workspace = new_workspace(query, cpu::backward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
   cpu::backward(params, parallel);
-  return {gradients.query, gradients.key, gradients.value, gradients.prefix_key, gradients.prefix_value, gradients.gate};
+  const auto prefix = [](const Tensor& gradient, const OptionalTensor& input) {
+    return input ? laid_out_like(gradient, *input) : gradient;
+  };
+  return {laid_out_like(gradients.query, query),     laid_out_like(gradients.key, key),
+          laid_out_like(gradients.value, value),     prefix(gradients.prefix_key, prefix_key),
+          prefix(gradients.prefix_value, prefix_value), gradients.gate};
 }
 
 Tensor decode_cpu(Tensor query, Tensor key_cache, Tensor value_cache, OptionalTensor prefix_key, OptionalTensor prefix_value,
@@ -103,14 +108,14 @@ Tensor decode_cpu(Tensor query, Tensor key_cache, Tensor value_cache, OptionalTe
   OpArguments arguments{query,   key_cache,    value_cache,  prefix_key,   prefix_value, gate, std::nullopt, key_start,
                         key_end, prefix_index, std::nullopt, std::nullopt, 0,            0,    scale,        is_causal};
   ZeroGateParams params = arguments.params();
-  check_values(params);
+  check_values(arguments, params);
   const cpu::Parallel parallel = torch_threads();
   Tensor output = new_output(arguments);
   params.output = view_of(output);
   Tensor workspace = new_workspace(query, cpu::decode_workspace(params, parallel.threads));
   give_workspace(params, workspace);
   cpu::decode(params, parallel);
-  return output;
+  return laid_out_like(output, query);
 }
 
 std::string cpu_instruction_set() { return cpu::isa_name(cpu::selected_isa()); }

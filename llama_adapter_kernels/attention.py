@@ -207,7 +207,12 @@ def _default_scale(query: Tensor) -> float:
 
 
 def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
+    if tensor is None:
+        return None
+    if tensor.dtype == torch.int64:  # saturates: 2**32 + 3 must stay out of range, not become 3
+        limits = torch.iinfo(torch.int32)
+        tensor = tensor.clamp(limits.min, limits.max)
+    return tensor.to(torch.int32).contiguous()
 
 
 def _gate_per_prefix_and_head(gate: Tensor | None, prefix_key: Tensor | None, query: Tensor) -> Tensor | None:
@@ -220,7 +225,7 @@ def _gate_per_prefix_and_head(gate: Tensor | None, prefix_key: Tensor | None, qu
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast attention runs in the lower precision, as scaled_dot_product_attention does."""
     device_type = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -39,6 +39,7 @@ PADDED = [
     ({"prefix_index": torch.tensor([0])}, r"prefix_index: expected shape \[2\], got \[1\]"),
     ({"prefix_index": torch.tensor([0.0, 0.0])}, "prefix_index: expected int32 or int64, got torch.float32"),
     ({"key_end": torch.tensor([5, 6])}, "key_end: expected values from 0 to 5, got 6 at position 1"),
+    ({"key_end": torch.tensor([5, 2**32 + 3])}, r"key_end: expected values from 0 to 5, got \d+ at position 1"),
     ({"key_start": torch.tensor([-1, 0])}, "key_start: expected values from 0 to 5, got -1 at position 0"),
     ({"key_end": torch.tensor([[5, 5]])}, r"key_end: expected shape \[2\], got \[1, 2\]"),
     ({"attn_mask": torch.ones(5, 4, dtype=torch.bool)}, r"attn_mask: expected a shape that broadcasts to \[2, 4, 5, 5\]"),
@@ -68,6 +69,7 @@ def test_padded(change: dict[str, Any], message: str, backend: str) -> None:
         ({"cu_seqlens_q": torch.tensor([0, 7])}, r"cu_seqlens_k: expected shape \[2\], got \[4\]"),
         ({"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, the length of sequence 2, got 2"),
         ({"max_seqlen_k": -1}, "max_seqlen_k: expected >= 0, got -1"),
+        ({"cu_seqlens_q": torch.tensor([2**32, 2**32 + 2, 4, 7])}, "cu_seqlens_q: expected to begin with 0"),
         ({"query": torch.randn(1, 4, 7, 8)}, r"query: expected 3 dimensions \[T, H, D\]"),
         (
             {"prefix_key": torch.randn(2, 2, 3, 8), "prefix_value": torch.randn(2, 2, 3, 8)},
@@ -84,6 +86,25 @@ def test_packed(change: dict[str, Any], message: str, backend: str) -> None:
     }  # fmt: skip
     with pytest.raises((ValueError, RuntimeError), match=message):
         zero_gate_attention_varlen(**arguments | change)
+
+
+def test_a_device_without_a_backend_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"no backend fits query .* on meta: cpu: runs on cpu, not on meta"):
+        zero_gate_attention(*(tensor.to("meta") for tensor in good().values()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_generous_bound_on_the_lengths_is_no_mistake(backend: str) -> None:
+    q, k = torch.randn(7, 4, 8), torch.randn(7, 2, 8)
+    offsets = torch.tensor([0, 3, 7])
+    exact, generous = (
+        zero_gate_attention_varlen(
+            q, k, k, None, None, None, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=bound,
+            max_seqlen_k=bound, backend=backend,
+        )
+        for bound in (4, 2**40)
+    )  # fmt: skip
+    assert torch.equal(exact, generous)
 
 
 def test_decode_has_no_gradient() -> None:
@@ -108,7 +129,7 @@ def raw(**change: Any) -> list[Any]:
         ({"key": torch.randn(2, 2, 5, 7)}, "key: expected shape"),
         ({"key": torch.randn(2, 3, 5, 8), "value": torch.randn(2, 3, 5, 8)}, "key: expected a number of heads"),
         ({"value": torch.randn(2, 2, 4, 8)}, "value: expected shape"),
-        ({"value": torch.randn(2, 2, 5, 8).double()}, "value: expected the dtype of query"),
+        ({"value": torch.randn(2, 2, 5, 8).double()}, "value: expected the dtype of query, Float, got Double"),
         ({"prefix_value": None}, "expected all three or none"),
         ({"prefix_key": torch.randn(3, 2, 3, 8), "prefix_value": torch.randn(3, 2, 3, 8), "gate": torch.randn(3, 4)},
          "prefix_key: expected a first dimension of 1 or 2"),
@@ -124,6 +145,48 @@ def raw(**change: Any) -> list[Any]:
 def test_raw_op(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.llama_adapter_kernels.forward(*raw(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doutput": torch.randn(2, 4, 4, 8)}, r"doutput: expected shape \[2, 4, 5, 8\], got \[2, 4, 4, 8\]"),
+        ({"doutput": torch.randn(2, 4, 5, 8).double()}, "doutput: expected the dtype of query"),
+        ({"output": torch.randn(8)}, "output: expected shape"),
+        ({"logsumexp": torch.randn(2, 4, 5).half()}, "logsumexp: expected what forward returned"),
+        ({"logsumexp": torch.randn(2, 4, 6)}, r"logsumexp: expected shape \[2, 4, 5\], got \[2, 4, 6\]"),
+        ({"logsumexp": torch.randn(2, 5, 4).transpose(1, 2)}, "logsumexp: expected a contiguous tensor"),
+        ({"key": torch.randn(2, 2, 5, 7)}, "key: expected shape"),
+    ],
+)
+def test_raw_backward(change: dict[str, Tensor], message: str) -> None:
+    inputs = raw()
+    output, logsumexp = torch.ops.llama_adapter_kernels.forward(*inputs)
+    arguments = {"doutput": output, **good(), "gate": inputs[5], "output": output, "logsumexp": logsumexp} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.llama_adapter_kernels.backward(*arguments.values(), *inputs[6:], True, True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(2, 4, 8)}, "query: expected 4 dimensions"),
+        ({"value": torch.randn(2, 2, 4, 8)}, "value: expected shape"),
+        (
+            {"key_end": torch.tensor([5, -1], dtype=torch.int32)},
+            "key_end: expected values from 0 to 5, got -1 at position 1",
+        ),
+        (
+            {"prefix_index": torch.tensor([1, 0], dtype=torch.int32)},
+            "prefix_index: expected values from -1 to 0, got 1",
+        ),
+    ],
+)
+def test_raw_decode(change: dict[str, Tensor], message: str) -> None:
+    lengths = dict.fromkeys(("key_start", "key_end", "prefix_index"))
+    arguments = good() | {"gate": torch.randn(1, 4)} | lengths | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.llama_adapter_kernels.decode(*arguments.values(), 0.3, True)
 
 
 def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

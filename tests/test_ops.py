@@ -1,6 +1,7 @@
 """What torch asks of an op: schema, fakes, autograd, compile, determinism; and what the gradients promise."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,6 +41,37 @@ def test_opcheck_backward_and_decode(case: Case) -> None:
     if case.lengths is None:
         decode = (*arguments[:6], *arguments[7:10], 0.2, True)
         torch.library.opcheck(torch.ops.llama_adapter_kernels.decode.default, decode)
+
+
+def last_two_swapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with stride 1 over rows instead of head_dim."""
+    return tensor.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def overlapping_windows(tensor: torch.Tensor) -> torch.Tensor:
+    """Row i is the elements i..i + D of one line, the same for all heads: strides [0, 0, 1, 1]."""
+    return torch.randn(sum(tensor.shape[-2:])).as_strided(tensor.shape, (0, 0, 1, 1))
+
+
+@pytest.mark.parametrize("layout", [last_two_swapped, overlapping_windows])
+def test_any_strides_in_and_the_promised_ones_out(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What the fakes promise about strides must be what the kernels return, or compiled code reads the wrong memory."""
+    arguments = list(op_arguments(Case()))
+    arguments[:5] = [layout(tensor).requires_grad_() for tensor in arguments[:5]]
+    torch.library.opcheck(torch.ops.llama_adapter_kernels.forward.default, arguments)
+    plain = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in arguments[:6]]
+    output, logsumexp = torch.ops.llama_adapter_kernels.forward(*plain, *arguments[6:])
+    inputs = [tensor.detach() for tensor in arguments[:6]]
+    assert torch.equal(torch.ops.llama_adapter_kernels.forward(*inputs, *arguments[6:])[0], output)
+    doutput = torch.randn_like(output)
+    rest = (logsumexp, *arguments[6:], True, True, True, False)
+    backward = (layout(doutput), *inputs, layout(output), *rest)
+    torch.library.opcheck(torch.ops.llama_adapter_kernels.backward.default, backward)
+    dense = (t.contiguous() for t in (layout(doutput), layout(output)))
+    if layout is last_two_swapped:  # the windows are random anew
+        got = torch.ops.llama_adapter_kernels.backward(*backward)
+        want = torch.ops.llama_adapter_kernels.backward(next(dense), *plain, next(dense), *rest)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
