@@ -53,7 +53,7 @@ def projection_sources(module: nn.Module, names: tuple[str, ...]) -> list[Tensor
     for name in names:
         projection = module._modules.get(name)
         if projection is None:
-            if hasattr(module, name):  # some other callable
+            if name in module.__dict__:  # some other callable
                 return None
             continue
         if projection._modules or projection._forward_hooks or projection._forward_pre_hooks:

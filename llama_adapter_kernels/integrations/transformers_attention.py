@@ -24,7 +24,7 @@ _REFUSED = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "cache": "a paged cache (continuous batching)",
-    "output_attentions": "output_attentions=True (the probabilities never exist as a tensor)",
+    "output_attentions": "the probabilities never exist as a tensor",
 }
 
 
@@ -48,7 +48,7 @@ def attention(
         raise ValueError(f"attention_dropout: expected 0 with a zero-gate adapter, got {dropout}")
     for name in kwargs:
         if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
-            raise ValueError(f"{name}: {_REFUSED[name]} is not supported with a zero-gate adapter")
+            raise ValueError(f"{name}: not supported with a zero-gate adapter ({_REFUSED[name]})")
     prefix: OptionalPrefix = (None, None, None)
     layer: AdapterLayer | None = module._modules.get(LAYER)
     if layer is not None:

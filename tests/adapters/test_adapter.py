@@ -1,6 +1,8 @@
 """Adapters on small random transformers models: same results as the base at gate 0, right everywhere transformers goes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,3 +246,77 @@ def test_what_is_not_supported_says_so() -> None:
     lak.attach_adapter(dropped, lak.AdapterConfig())
     with pytest.raises(ValueError, match="attention_dropout: expected 0"):
         dropped(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 30.0}, "softcap: not supported .*a soft cap on scores"),
+        ({"s_aux": torch.zeros(4)}, "s_aux: not supported .*attention sinks"),
+        ({"position_bias": torch.zeros(1, 4, 22, 22)}, "position_bias: not supported .*a position bias"),
+        ({"output_attentions": True}, "output_attentions: not supported"),
+        ({"cache": object()}, "cache: not supported .*a paged cache"),
+    ],
+)
+def test_what_the_hook_cannot_do_is_refused(arguments: dict[str, object], message: str) -> None:
+    model, _ = adapted()
+    with pytest.raises(ValueError, match=message):
+        model(TOKENS, **arguments)
+
+
+def test_a_model_that_wants_attention_probabilities_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="eager"))
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match=r"output_attentions: expected False .* got True"):
+        lak.attach_adapter(model, lak.AdapterConfig())
+    with pytest.raises(ValueError, match=r"layers: expected different numbers from 0 to 2, got \[\]"):
+        lak.attach_adapter(build(), lak.AdapterConfig(layers=()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_gate_zero_nothing_changes_in_any_bit(dtype: torch.dtype) -> None:
+    """Against the same attention without a prefix, in whole passes and step by step."""
+    model = build(dtype=dtype)
+    adapter = lak.attach_adapter(model, lak.AdapterConfig())
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        tokens = model.generate(TOKENS[:, :5], max_new_tokens=4, do_sample=False, output_logits=True,
+                                return_dict_in_generate=True)  # fmt: skip
+        for number in adapter.layers:
+            del model.model.layers[int(number)].self_attn.zero_gate
+        assert torch.equal(model(TOKENS).logits, logits)
+        plain = model.generate(TOKENS[:, :5], max_new_tokens=4, do_sample=False, output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(tokens.logits, plain.logits, strict=True))
+
+
+def test_models_with_other_heads_or_none() -> None:
+    from transformers import LlamaForSequenceClassification, LlamaModel
+
+    for kind in (LlamaForSequenceClassification, LlamaModel):
+        model = kind(LlamaConfig(**SHAPE)).eval()
+        adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=3, num_layers=2))
+        before = model(TOKENS)[0]
+        with torch.no_grad():
+            adapter.layers["1"].gate.fill_(1.0)
+        assert not torch.equal(model(TOKENS)[0], before)
+
+
+def test_only_the_named_layers_have_a_prefix() -> None:
+    """num_layers counts from the top."""
+    model, adapter = adapted(num_layers=2, opened=0.0)
+    assert list(adapter.layers) == ["1", "2"]
+    states = model(TOKENS, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.gate.fill_(1.0)
+    opened = model(TOKENS, output_hidden_states=True).hidden_states
+    assert [torch.equal(a, b) for a, b in zip(states, opened, strict=True)] == [True, True, False, False]
+
+
+def test_importing_the_package_imports_neither_transformers_nor_safetensors() -> None:
+    code = "import sys, llama_adapter_kernels as lak; lak.AdapterConfig; " + (
+        "print([m for m in ('transformers', 'safetensors', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

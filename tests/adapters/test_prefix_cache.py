@@ -75,6 +75,9 @@ CHANGES = {
     "v_proj bias": lambda m: first(m).v_proj.bias.add_(1),
     "v_proj exchanged": lambda m: exchange(first(m), "v_proj"),
     "k_proj weight exchanged": lambda m: setattr(first(m).k_proj, "weight", nn.Parameter(first(m).k_proj.weight * 2)),
+    "k_proj weight turned, same memory": lambda m: setattr(
+        first(m).k_proj, "weight", nn.Parameter(first(m).k_proj.weight.data.T)
+    ),
     "v_proj hooked": lambda m: first(m).v_proj.register_forward_hook(lambda mod, args, out: out + 1),
     "forward exchanged": lambda m: setattr(first(m).v_proj, "forward", lambda x: x[..., :48] * 0.5),
     "state dict": lambda m: m.load_state_dict({n: t * 1.5 for n, t in m.state_dict().items()}),
