@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 
-.PHONY: help install demo test bench bench-check lint wheel clean
+.PHONY: help install demo test sanitize bench bench-check lint wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
 	@echo "make demo      fine-tune an adapter on a small model, answers before and after (minutes, no download of models)"
 	@echo "make test      every test that can run on this machine"
+	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make lint      ruff and mypy"
@@ -34,6 +35,18 @@ install: $(VENV)/package.stamp
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A copy of the package with an instrumented library; Python itself is not instrumented, so the runtime is preloaded.
+sanitize: install
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DLAK_SANITIZE=ON -DLAK_CUDA=0 \
+	    -DLAK_TORCH_INCLUDE=$$($(BIN)/python -c "from torch.utils.cpp_extension import include_paths; print(include_paths()[0])")
+	$(BIN)/cmake --build build/sanitize
+	rm -rf build/sanitize/site && mkdir build/sanitize/site && cp -r llama_adapter_kernels build/sanitize/site/
+	cp build/sanitize/libllama_adapter_kernels.so build/sanitize/site/llama_adapter_kernels/
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(abspath build/sanitize/site) \
+	    $(BIN)/pytest -n 2 tests/test_attention_cpu.py tests/test_properties.py tests/test_bad_input.py \
+	    tests/test_invariants.py
 
 # The report is written even where a contestant was wrong; the exit status tells.
 bench: install
