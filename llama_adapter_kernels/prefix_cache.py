@@ -58,7 +58,9 @@ def projection_sources(module: nn.Module, names: tuple[str, ...]) -> list[Tensor
             continue
         if projection._modules or projection._forward_hooks or projection._forward_pre_hooks:
             return None
-        if "forward" in projection.__dict__ and "_hf_hook" not in projection.__dict__:  # accelerate's only moves weights
+        if (
+            "forward" in projection.__dict__ and "_hf_hook" not in projection.__dict__
+        ):  # accelerate's only moves weights
             return None
         tensors += projection._parameters.values()
         tensors += projection._buffers.values()

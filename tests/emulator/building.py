@@ -25,7 +25,8 @@ def build(folder: Path) -> Path:
     module = folder / f"cuda_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     # -O1: half the compile time of -O2, and most of the run time is spent in machine.cpp and the matrix product.
     lines = [
-        f"flags = -std=c++20 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas {flags} -DLAK_CUDA_ARCHITECTURES='\"emulated\"'",
+        "flags = -std=c++20 -O1 -fPIC -fvisibility=hidden -Wno-unknown-pragmas "
+        f"-DLAK_CUDA_ARCHITECTURES='\"emulated\"' {flags}",
         "rule compile",
         "  command = g++ $flags $extra -MD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
