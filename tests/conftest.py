@@ -1,11 +1,9 @@
-"""Shared by all tests: one thread per worker, seeds, and the instruction sets this CPU can run."""
+"""Shared by all tests: one thread per worker, seeds, no GPU tests without a GPU."""
 
 import os
 
 import pytest
 import torch
-
-from llama_adapter_kernels import ops
 
 # Tests run side by side, one per core: threads of one test would only wait for those of another. Tests that are about
 # threads set their own number.
@@ -23,7 +21,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
-
-
-def instruction_sets() -> list[str]:
-    return ops.cpu_instruction_sets()[0]

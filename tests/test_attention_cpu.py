@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import instruction_sets
 
 from llama_adapter_kernels import ops, zero_gate_attention, zero_gate_decode
 from llama_adapter_kernels.testing import Case, Truth, deviations, make_problem, truth_of
@@ -57,7 +56,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert not bad, "\n".join(bad)
 
 
-@pytest.fixture(params=instruction_sets())
+@pytest.fixture(params=ops.cpu_instruction_sets()[0])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(ops.CPU_ISA_VARIABLE, request.param)
     assert torch.ops.llama_adapter_kernels.cpu_instruction_set() == request.param

@@ -79,7 +79,9 @@ class ModelWorkload(Workload):
         _gate_summands.clear()
         exact = self._reference(problem.to(torch.float64, "cpu"))
         summands = max(_gate_summands, default=0.0)
-        return Truth(problem.dtype, exact, self._reference(problem.to(problem.dtype, "cpu")), summands)
+        eager = self._reference(problem.to(problem.dtype, "cpu"))
+        base = {name: (eager[name].double() - want).abs().max().item() for name, want in exact.items()}
+        return Truth(problem.dtype, exact, base, summands)
 
     def _reference(self, problem: ModelProblem) -> dict[str, Tensor]:
         model = build_model(problem, model_peers.register("bench-truth", _recording_reference))
