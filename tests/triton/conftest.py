@@ -5,49 +5,29 @@ may want them compiled (on a GPU, or ahead of time), so this process never sets 
 This folder must not become a package: with `tests` on sys.path, `import triton` would find it.
 """
 
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the children import the checks by name
 
-RunInChild = Callable[..., Any]
-
-
-def _prepare_child(environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    if "triton" in sys.modules:
-        raise RuntimeError("Triton was imported before its mode was set")
-    torch.set_num_threads(1)
-    if environment.get("TRITON_INTERPRET") == "1":
-        import interpreter_speed
-
-        interpreter_speed.patch_language_once()
-
-
-def _child(**environment: str) -> Iterator[RunInChild]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _prepare_child, (environment,)) as executor:
-        yield lambda function, *arguments, **options: executor.submit(function, *arguments, **options).result()
+from child_process import RunInChild, child_process
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[RunInChild]:
     """interpreted(function, *arguments): calls a module's function where kernels run in the interpreter."""
-    yield from _child(TRITON_INTERPRET="1")
+    yield from child_process(TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="session")
 def compiled_here() -> Iterator[RunInChild]:
     """As `interpreted`, in a process that compiles kernels for cards that are not here."""
-    yield from _child(TRITON_INTERPRET="0")
+    yield from child_process(TRITON_INTERPRET="0")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton_checks
-from conftest import RunInChild
+from child_process import RunInChild
 
 from llama_adapter_kernels.testing import Case
 

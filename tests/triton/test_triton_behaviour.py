@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import triton_checks
-from conftest import RunInChild
+from child_process import RunInChild
 
 from llama_adapter_kernels import triton_kernels
 from llama_adapter_kernels.testing import Case

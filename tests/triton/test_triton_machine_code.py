@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import RunInChild
+from child_process import RunInChild
 
 from llama_adapter_kernels.triton_kernels.tuning import SHARED_MEMORY_KIB
 
