@@ -255,7 +255,7 @@ class BackwardTask {
       key_query_products(k, n, s.query_t + q0 * depth, padded_rows, depth, hidden, s.scores);
       key_query_products(v, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, s.dscores);
       if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head, q0, rows, k0, n, s.scores);
-      for (int64_t m = 0; m < padded_rows; m += kLane) word_gradients(m, n, q0, hidden);
+      for (int64_t m = 0; m < padded_rows; m += kLane) word_gradients(m, n, k0, q0, hidden);
       if (p.dkey.data) {
         C* dkey = s.dkeys + round * kBlockKeys * padded_depth;
         C* dvalue = s.dvalues + round * kBlockKeys * padded_depth;
@@ -266,18 +266,26 @@ class BackwardTask {
     }
   }
 
-  // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries.
-  void word_gradients(int64_t m, int64_t n, int64_t q0, int64_t hidden) {
-    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), delta = load(s.delta + q0 + m);
-    const Vec<C> logsumexp = load(s.logsumexp + q0 + m);
+  // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries and the keys from k0 on.
+  void word_gradients(int64_t m, int64_t n, int64_t k0, int64_t q0, int64_t hidden) {
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), logsumexp = load(s.logsumexp + q0 + m);
     const int64_t seen = seen_keys(n, m + kLane, hidden), by_all = smaller(seen, larger(0, m - hidden + 1));
+    Vec<C> sum{}, weighted{};
     for (int64_t t = 0; t < seen; ++t) {
       C* at = s.scores + t * kBlockQueries + m;
-      C* d_at = s.dscores + t * kBlockQueries + m;
       Vec<C> probability = exp2_nonpositive((load(at) - logsumexp) * log2e);
       if (t >= by_all) probability = sees<C>(m, t, hidden) ? probability : Vec<C>{};
       store(at, probability);
-      store(d_at, probability * (load(d_at) - delta));
+      sum += probability;
+      weighted += probability * load(s.dscores + t * kBlockQueries + m);
+    }
+    // Few keys: dP - D_w cancels, and dO O carries the rounding of O. Queries whose keys are all in this block take D_w from
+    // the block itself.
+    const bool all_here = k0 == seq.key_begin && (k0 + n == seq.key_end || m + kLane - hidden <= n);
+    const Vec<C> delta = all_here ? (sum > Vec<C>{} ? weighted / sum : Vec<C>{}) : load(s.delta + q0 + m);
+    for (int64_t t = 0; t < seen; ++t) {
+      C* d_at = s.dscores + t * kBlockQueries + m;
+      store(d_at, load(s.scores + t * kBlockQueries + m) * (load(d_at) - delta));
     }
     for (int64_t t = seen; t < n; ++t) {
       store(s.scores + t * kBlockQueries + m, Vec<C>{});

@@ -79,7 +79,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
   float dkey[1][kD][4], dvalue[1][kD][4];
   set_zero(dkey);
   set_zero(dvalue);
-  constexpr float kLog2E = 1.4426950408889634f;
   if (steps > 0) copy(0, 0);
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages, head = head_of(step), row = row_of(step);
@@ -108,8 +107,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
       const float2 lse = ptx::load_shared<float2>(statistics_at(stage) + (8 * n + lane % 4 * 2) * 4);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float shift = (e % 2 == 0 ? lse.x : lse.y) * kLog2E;  // -inf for a row that sees no key: all its scores are -inf
-        c[0][n][e] = c[0][n][e] == -kInfinity ? 0.0f : ptx::exp2_fast(fmaf(c[0][n][e], scale, -shift));
+        c[0][n][e] = word_probability<T>(c[0][n][e], scale, e % 2 == 0 ? lse.x : lse.y);
       }
     }
     multiply_pb(dvalue, c, doutput_tile(stage), 0);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   set_zero(dvalue);
   const int end = lower(s.queries, (split + 1) * kPrefixRowsPerBlock);
   for (int row = split * kPrefixRowsPerBlock + warp * 16; row < end; row += 16 * kWarpsHere) {
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < 16 * Tile::kChunks / 32; ++i) {
       const int index = i * 32 + lane, r = index / Tile::kChunks, chunk = index % Tile::kChunks;
       const bool valid = row + r < s.queries && chunk * Tile::kChunk < head_dim;

@@ -56,13 +56,12 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
 
   const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
   const int64_t statistics = statistic_row(p, s, b, head);
-  constexpr float kLog2E = 1.4426950408889634f;
-  float dquery[1][kD][4], shift[2], delta[2];
+  float dquery[1][kD][4], logsumexp[2], delta[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + warp_row + lane / 4 + 8 * half;
     const bool valid = row < s.queries;
-    shift[half] = valid ? ptx::load_global(static_cast<const float*>(p.logsumexp.data) + statistics + row) * kLog2E : 0.0f;
+    logsumexp[half] = valid ? ptx::load_global(static_cast<const float*>(p.logsumexp.data) + statistics + row) : 0.0f;
     delta[half] = valid ? ptx::load_global(workspace.delta + statistics + row) : 0.0f;
 #pragma unroll
     for (int n = 0; n < kD; ++n) {
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float weight = c[0][n][e] == -kInfinity ? 0.0f : ptx::exp2_fast(fmaf(c[0][n][e], scale, -shift[e / 2]));
+        const float weight = word_probability<T>(c[0][n][e], scale, logsumexp[e / 2]);
         c[0][n][e] = weight * (d[0][n][e] - delta[e / 2]);
       }
     }

@@ -114,15 +114,21 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>) backward_row
     const float sum = row_sum(total[half]), products = row_sum(weighted[half]);
     prefix_logsumexp[half] = s.slots > 0 ? largest[half] + ptx::log2_fast(sum) : 0.0f;
     prefix_delta[half] = s.slots > 0 ? products / sum : 0.0f;
+    // A row that sees one key: O's words are V of that key, and dP - D_w is zero. From the rounded O only a rounding error
+    // would be left. float32 sums in the order of dP = dO V^T, every lane its whole row, so that the zero is exact.
+    constexpr int kLanesOfRow = kIsHalf<T> ? 4 : 1;
+    const bool sees_one = row < s.queries && visible_end(s, row) - s.key_begin == 1;
     float delta = 0.0f;
     if (row < s.queries) {
-      for (int column = lane % 4 * 2; column < head_dim; column += 8) {
-        const float2 x = load_pair(doutput_rows + row * p.doutput.stride_row + column);
-        const float2 y = load_pair(output_rows + row * p.output.stride_row + column);
-        delta = fmaf(x.x, y.x, fmaf(x.y, y.y, delta));
+      const T* words = sees_one ? head_pointer<const T>(p.value, b, head_kv, s.first_key + s.key_begin)
+                                : output_rows + row * p.output.stride_row;
+      for (int column = lane % kLanesOfRow * 2; column < head_dim; column += 2 * kLanesOfRow) {
+        const float2 x = load_pair(doutput_rows + row * p.doutput.stride_row + column), y = load_pair(words + column);
+        delta = fmaf(x.y, y.y, fmaf(x.x, y.x, delta));
       }
     }
-    delta = row_sum(delta) - gate * prefix_delta[half];
+    if constexpr (kIsHalf<T>) delta = row_sum(delta);
+    if (!sees_one) delta -= gate * prefix_delta[half];
     if (row < s.queries && lane % 4 == 0) {
       ptx::store_global(workspace.delta + statistics + row, delta);
       ptx::store_global(workspace.prefix_logsumexp + statistics + row, prefix_logsumexp[half]);

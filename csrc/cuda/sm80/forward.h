@@ -12,9 +12,9 @@
 
 namespace lak {
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kElementwise>
 struct ForwardMemory {
-  using Tiles = ForwardTiles<T, kHeadDim>;
+  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
   SharedTile<T, Tiles::kRows, kHeadDim> query;
   SharedTile<T, Tiles::kKeys, kHeadDim> key, value;
   SharedTile<T, kPrefixTile, kHeadDim> prefix_key, prefix_value;
@@ -89,10 +89,11 @@ __device__ __forceinline__ void prefix_scores(float (&c)[kM][2][4], SharedTile<T
 template <class T, int kHeadDim, bool kElementwise>
 __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
-  using Tiles = ForwardTiles<T, kHeadDim>;
+  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
   constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
-  constexpr bool kPrefixApart = ForwardMemory<T, kHeadDim>::kPrefixApart;
-  const ForwardMemory<T, kHeadDim> memory(ptx::dynamic_shared_memory());
+  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
+  constexpr bool kPrefixApart = Memory::kPrefixApart;
+  const Memory memory(ptx::dynamic_shared_memory());
 
   // Causal rows cost more the later they are: those go first.
   const int block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks);
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     total[m][0] = total[m][1] = 0.0f;
   }
 
-  const auto step = [&](int tile, auto is_masked) {
+  #pragma unroll 1
+  for (int tile = begin; tile < end; ++tile) {
     ptx::wait_async_copies<0>();
     __syncthreads();  // K (and Q) is there; every warp is done with V
     copy_value(tile);
@@ -155,18 +157,11 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     ptx::wait_async_copies<0>();
     __syncthreads();  // V is there; every warp is done with K
     if (tile + 1 < end) copy_key(tile + 1);
-    if constexpr (kElementwise || decltype(is_masked)::value) {
+    if (kElementwise || tile < full_begin || tile >= full_end) {
       apply_rule<kElementwise>(c, rule, s, first_row + warp_row, tile * Tiles::kKeys);
     }
     softmax_step(c, largest, total, output, scale);
     multiply_pb(output, c, memory.value, 0);
-  };
-  for (int tile = begin; tile < end; ++tile) {
-    if (tile < full_begin || tile >= full_end) {
-      step(tile, std::true_type{});
-    } else {
-      step(tile, std::false_type{});
-    }
   }
   ptx::commit_async_copies();
   ptx::wait_async_copies<0>();

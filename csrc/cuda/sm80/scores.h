@@ -21,10 +21,9 @@ __device__ __forceinline__ ScoreRule score_rule(const ZeroGateParams& p, int64_t
   return {p.mask, b * p.mask.stride_batch + h * p.mask.stride_head, static_cast<float>(p.scale * kLog2E)};
 }
 
-// One score of a query and a key.
+// The score of a query and a key that it sees.
 template <bool kElementwise>
-__device__ __forceinline__ float score(float raw, const ScoreRule& rule, const Sequence& s, int query, int key) {
-  if (key < s.key_begin || key >= visible_end(s, query) || query >= s.queries) return -kInfinity;
+__device__ __forceinline__ float adjusted_score(float raw, const ScoreRule& rule, int query, int key) {
   if constexpr (!kElementwise) {
     return raw;
   } else {
@@ -36,18 +35,41 @@ __device__ __forceinline__ float score(float raw, const ScoreRule& rule, const S
   }
 }
 
+template <bool kElementwise>
+__device__ __forceinline__ float score(float raw, const ScoreRule& rule, const Sequence& s, int query, int key) {
+  if (key < s.key_begin || key >= visible_end(s, query) || query >= s.queries) return -kInfinity;
+  return adjusted_score<kElementwise>(raw, rule, query, key);
+}
+
+// P of a word from its saved log-sum-exp: 2^(scale raw - log2(e) lse), scale in base 2. In float32 the rounding of the product
+// with log2(e) would show in every probability of a row, so its rest is taken along.
+template <class T>
+__device__ __forceinline__ float word_probability(float raw, float scale, float logsumexp) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  if (raw == -kInfinity) return 0.0f;  // a row that sees no key has lse = -inf
+  const float shift = logsumexp * kLog2E, exponent = fmaf(raw, scale, -shift);
+  if constexpr (sizeof(T) == 4) return ptx::exp2_fast(exponent - fmaf(logsumexp, kLog2E, -shift));
+  return ptx::exp2_fast(exponent);
+}
+
 // Queries down, keys across.
 template <bool kElementwise, int kM, int kN>
 __device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, int query, int key) {
-  const int lane = lane_id();
+  const int first = key + lane_id() % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = query + 16 * m + 8 * half + lane_id() / 4;
+      const int end = row < s.queries ? visible_end(s, row) : 0;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        c[m][n][e] = score<kElementwise>(c[m][n][e], rule, s, query + 16 * m + lane / 4 + e / 2 * 8,
-                                         key + 8 * n + lane % 4 * 2 + e % 2);
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& value = c[m][n][2 * half + e];
+          const int at = first + 8 * n + e;
+          value = at < s.key_begin || at >= end ? -kInfinity : adjusted_score<kElementwise>(value, rule, row, at);
+        }
       }
     }
   }
