@@ -33,8 +33,15 @@ struct SharedTile {
 
   uint32_t base;
 
-  __device__ __forceinline__ uint32_t chunk(int row, int c) const {
-    return base + row * kRowBytes + ((c ^ (kChunks == 4 ? row / 2 % 4 : row % 8)) * 16);
+  static __device__ __forceinline__ int permuted(int row, int c) { return c ^ (kChunks == 4 ? row / 2 % 4 : row % 8); }
+  __device__ __forceinline__ uint32_t chunk(int row, int c) const { return base + row * kRowBytes + permuted(row, c) * 16; }
+
+  // chunk(row + lane_row, c + lane_chunk), where `row` is a multiple of 8 and c + lane_chunk carries nothing. One register
+  // serves a whole tile: the columns differ by an XOR, the rows by an offset within the instruction. `base` is a multiple
+  // of kRowBytes.
+  __device__ __forceinline__ uint32_t chunk(int row, int c, int lane_row, int lane_chunk) const {
+    const uint32_t lane = base + lane_row * kRowBytes + permuted(lane_row, lane_chunk) * 16;
+    return (lane ^ (c * 16)) + row * kRowBytes;
   }
   __device__ __forceinline__ uint32_t element(int row, int column) const {
     return chunk(row, column / kChunk) + column % kChunk * sizeof(T);
@@ -49,15 +56,14 @@ __device__ __forceinline__ void copy_rows(SharedTile<T, kRows, kColumns> tile, c
   using Tile = SharedTile<T, kRows, kColumns>;
   static_assert(kParticipants % Tile::kChunks == 0, "each thread copies one column of chunks");
   constexpr int kStep = kParticipants / Tile::kChunks;  // rows between two chunks of a thread
-  const int c = participant % Tile::kChunks;
-  const bool column_valid = c * Tile::kChunk < head_dim;
-  int row = participant / Tile::kChunks;
-  const T* source = rows + (first + row) * stride + c * Tile::kChunk;
+  const int c = participant % Tile::kChunks, own = participant / Tile::kChunks;
+  const T* source = rows + static_cast<int64_t>(first + own) * stride + c * Tile::kChunk;
+  // One comparison a row: from `low` on, as a number without sign.
+  const unsigned valid_rows = c * Tile::kChunk < head_dim && low < high ? high - low : 0, begin = first + own - low;
 #pragma unroll
   for (int i = 0; i < kRows / kStep; ++i) {
-    const bool valid = first + row >= low && first + row < high && column_valid;
-    ptx::copy_async_16(tile.chunk(row, c), valid ? source : rows, valid);
-    row += kStep;
+    const uint32_t to = kStep % 8 == 0 ? tile.chunk(i * kStep, 0, own, c) : tile.chunk(own + i * kStep, c);
+    ptx::copy_async_16(to, source, begin + i * kStep < valid_rows);
     source += kStep * stride;
   }
 }
@@ -84,7 +90,7 @@ template <class T, int R, int C>
 __device__ __forceinline__ void load_a(FragmentA<T>& a, SharedTile<T, R, C> tile, int row, int column) {
   const int lane = lane_id();
   if constexpr (kIsHalf<T>) {
-    ptx::load_matrices(a.r, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+    ptx::load_matrices(a.r, tile.chunk(row, column / 8, lane % 16, lane / 16));
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -102,7 +108,7 @@ template <class T, int R, int C>
 __device__ __forceinline__ void load_a_transposed(FragmentA<T>& a, SharedTile<T, R, C> tile, int row, int column) {
   const int lane = lane_id();
   if constexpr (kIsHalf<T>) {
-    ptx::load_matrices_transposed(a.r, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    ptx::load_matrices_transposed(a.r, tile.chunk(row, column / 8, lane % 8 + lane / 16 * 8, lane / 8 % 2));
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -117,7 +123,7 @@ template <class T, int R, int C>
 __device__ __forceinline__ void load_b(FragmentB<T>& b, SharedTile<T, R, C> tile, int row, int column) {
   const int lane = lane_id();
   if constexpr (kIsHalf<T>) {
-    ptx::load_matrices(b.r, tile.chunk(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    ptx::load_matrices(b.r, tile.chunk(row, column / 8, lane % 8 + lane / 16 * 8, lane / 8 % 2));
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -135,7 +141,7 @@ template <class T, int R, int C>
 __device__ __forceinline__ void load_b_transposed(FragmentB<T>& b, SharedTile<T, R, C> tile, int row, int column) {
   const int lane = lane_id();
   if constexpr (kIsHalf<T>) {
-    ptx::load_matrices_transposed(b.r, tile.chunk(row + lane % 16, column / 8 + lane / 16));
+    ptx::load_matrices_transposed(b.r, tile.chunk(row, column / 8, lane % 16, lane / 16));
   } else {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -205,7 +211,8 @@ __device__ __forceinline__ void set_zero(float (&c)[kM][kN][4]) {
 template <int kM, int kN, class T, int RX, int RY, int C>
 __device__ __forceinline__ void multiply_abt(float (&c)[kM][kN][4], SharedTile<T, RX, C> x, int x_row, SharedTile<T, RY, C> y,
                                              int y_row) {
-#pragma unroll
+  constexpr int kUnroll = kIsHalf<T> ? 2 : 1;  // more takes registers and gains nothing; float32 has enough to do in one step
+#pragma unroll kUnroll
   for (int k = 0; k < C; k += 16) {
     FragmentA<T> a[kM];
 #pragma unroll

@@ -21,7 +21,7 @@ int check(const ZeroGateParams& p) {
   constexpr int64_t kMostRows = int64_t{1} << 30;  // row numbers and their sums with a tile stay within int32
   if (p.dtype == DataType::kFloat64) return kLakBadDtype;
   if (p.head_dim < 8 || p.head_dim > 256 || p.head_dim % 8 != 0) return kLakBadHeadDim;
-  for (int64_t size : {p.batch, p.heads_q, p.seq_q, p.seq_k, p.prefix_length, p.prefix_count}) {
+  for (int64_t size : {p.batch, p.heads_q, p.seq_q, p.seq_k, p.total_q, p.total_k, p.prefix_length, p.prefix_count}) {
     if (size < 0 || size > kMostRows) return kLakBadSize;
   }
   if (p.heads_kv < 1 || p.heads_q % p.heads_kv != 0) return kLakBadSize;

@@ -13,7 +13,7 @@
 namespace lak {
 
 struct Sequence {
-  int64_t first_query, first_key;  // rows in memory
+  int first_query, first_key;  // rows in memory
   int queries, keys;
   int key_begin, key_end;  // the window of valid keys, within [0, keys]
   int diagonal;            // query i sees keys j <= i + diagonal
@@ -33,9 +33,9 @@ __device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) 
   s.queries = static_cast<int>(p.seq_q);
   s.keys = static_cast<int>(p.seq_k);
   if (p.cu_seqlens_q != nullptr) {
-    s.first_query = clamp(ptx::load_global(p.cu_seqlens_q + b), 0, p.total_q);
+    s.first_query = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_q + b), 0, p.total_q));
     s.queries = static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_q + b + 1), 0, p.total_q) - s.first_query, 0, p.seq_q));
-    s.first_key = clamp(ptx::load_global(p.cu_seqlens_k + b), 0, p.total_k);
+    s.first_key = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_k + b), 0, p.total_k));
     s.keys = static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_k + b + 1), 0, p.total_k) - s.first_key, 0, p.seq_k));
   }
   s.key_begin = p.key_start == nullptr ? 0 : static_cast<int>(clamp(ptx::load_global(p.key_start + b), 0, s.keys));

@@ -21,13 +21,13 @@ template <class T, int kHeadDim>
 constexpr bool kIsTuned = kIsHalf<T> && kHeadDim <= 128;
 
 // kRowTiles: 16-row matrix tiles of each warp. 32 rows a warp halve the shared-memory traffic per matrix instruction.
-// With 128 columns, 64 keys and 32 rows a warp ptxas spills (output and scores alone are 192 registers): 48 keys do not.
+// With 128 columns and 32 rows a warp the output alone takes 128 registers: from 48 keys on ptxas 13.0 spills some.
 // The element-wise path (masks) needs registers for addresses and takes 16 rows a warp.
 template <class T, int kHeadDim, bool kElementwise>
 struct ForwardTiles {
   static constexpr int kRowTiles = kIsTuned<T, kHeadDim> && !kElementwise ? 2 : 1;
   static constexpr int kRows = kWarps * 16 * kRowTiles;
-  static constexpr int kKeys = kIsTuned<T, kHeadDim> ? (kHeadDim == 64 ? 64 : 48) : 16;
+  static constexpr int kKeys = kIsTuned<T, kHeadDim> ? (kHeadDim == 64 ? 64 : 32) : 16;
 };
 
 // Backward. Warps of a block: float32 with 256 columns has room for two only.

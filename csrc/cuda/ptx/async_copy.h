@@ -5,7 +5,7 @@
 
 namespace lak::ptx {
 
-// Zeros are written where `valid` is false; `source` is then not read, but has to be an address in global memory.
+// Zeros are written where `valid` is false; `source` is then not read and may be any address.
 __device__ __forceinline__ void copy_async_16(uint32_t target, const void* source, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(__cvta_generic_to_global(source)), "r"(bytes)

@@ -6,6 +6,26 @@
 
 namespace lak::ptx {
 
+// blockIdx.x, read anew: what is computed from it twice is not kept in registers in between.
+__device__ __forceinline__ unsigned block_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
+// threadIdx.x likewise.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// x, of which the compiler knows nothing: what is computed from it is not kept either.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Offset of the block's dynamic shared memory in the shared window.
 __device__ __forceinline__ uint32_t dynamic_shared_memory() {
   extern __shared__ __align__(1024) unsigned char lak_shared_memory[];

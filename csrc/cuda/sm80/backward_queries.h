@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     multiply_abt(c, query, warp_row, key_tile(stage), 0);
     multiply_abt(d, doutput, warp_row, value_tile(stage), 0);
     const int first_key = tile * Tiles::kKeys;
-    const bool full = first_key >= s.key_begin && first_key + Tiles::kKeys <= visible_end(s, first_row) &&
-                      first_row + Tiles::kRows <= s.queries;
+    const bool full = first_key >= s.key_begin && first_key + Tiles::kKeys <= visible_end(s, first_row);
     if (kElementwise || !full) apply_rule<kElementwise>(c, rule, s, first_row + warp_row, first_key);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {

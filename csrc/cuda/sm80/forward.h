@@ -86,88 +86,44 @@ __device__ __forceinline__ void prefix_scores(float (&c)[kM][2][4], SharedTile<T
   }
 }
 
-template <class T, int kHeadDim, bool kElementwise>
-__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
-    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
-  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
-  constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
-  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
-  constexpr bool kPrefixApart = Memory::kPrefixApart;
-  const Memory memory(ptx::dynamic_shared_memory());
+// Which rows a block computes.
+struct ForwardPlace {
+  int b, head, head_kv, first_row;
+  Sequence s;
+};
 
+template <int kRows>
+__device__ __forceinline__ ForwardPlace place_of(const ZeroGateParams& p, unsigned index, int row_blocks) {
+  ForwardPlace place;
   // Causal rows cost more the later they are: those go first.
-  const int block = row_blocks - 1 - static_cast<int>(blockIdx.x % row_blocks);
-  const int head = static_cast<int>(blockIdx.x / row_blocks % p.heads_q);
-  const int b = static_cast<int>(blockIdx.x / row_blocks / p.heads_q);
-  const Sequence s = sequence_of(p, b);
-  const int first_row = block * Tiles::kRows;
-  if (first_row >= s.queries) return;
-  const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
-  const int head_dim = static_cast<int>(p.head_dim), thread = threadIdx.x;
-  const int warp_row = warp_id() * 16 * kM;
+  place.first_row = (row_blocks - 1 - static_cast<int>(index % row_blocks)) * kRows;
+  place.head = static_cast<int>(index / row_blocks % p.heads_q);
+  place.b = static_cast<int>(index / row_blocks / p.heads_q);
+  place.head_kv = place.head / static_cast<int>(p.heads_q / p.heads_kv);
+  place.s = sequence_of(p, place.b);
+  return place;
+}
+
+template <class T, class Memory>
+__device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place, int slot) {
+  const int slots = place.s.slots, head_dim = static_cast<int>(p.head_dim), thread = ptx::thread_index();
+  copy_rows<kThreads>(memory.prefix_key, head_pointer<const T>(p.prefix_key, place.s.prefix, place.head_kv, 0),
+                      p.prefix_key.stride_row, slot, 0, slots, head_dim, thread);
+  copy_rows<kThreads>(memory.prefix_value, head_pointer<const T>(p.prefix_value, place.s.prefix, place.head_kv, 0),
+                      p.prefix_value.stride_row, slot, 0, slots, head_dim, thread);
+}
+
+// After the last key: normalises the word branch, leaves its statistics, adds the prefix and stores the rows.
+// `place` is found anew by the caller, so that nothing of it takes registers in the loop over the keys.
+template <class T, int kHeadDim, bool kElementwise, int kM, int kD>
+__device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const ForwardPlace& place,
+                                               const ForwardMemory<T, kHeadDim, kElementwise>& memory, float (&output)[kM][kD][4],
+                                               const float (&largest)[kM][2], const float (&total)[kM][2]) {
+  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
+  const auto& [b, head, head_kv, first_row, s] = place;
+  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
   const ScoreRule rule = score_rule(p, b, head);
-  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule leaves
-
-  const T* query = head_pointer<const T>(p.query, b, head, s.first_query);
-  const T* key = head_pointer<const T>(p.key, b, head_kv, s.first_key);
-  const T* value = head_pointer<const T>(p.value, b, head_kv, s.first_key);
-  const T* prefix_key = head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0);
-  const T* prefix_value = head_pointer<const T>(p.prefix_value, s.prefix, head_kv, 0);
-
-  const int last_row = lower(first_row + Tiles::kRows, s.queries) - 1;
-  const int begin = s.key_begin / Tiles::kKeys;
-  const int end = (higher(visible_end(s, last_row), 0) + Tiles::kKeys - 1) / Tiles::kKeys;
-  // Tiles [full_begin, full_end) are seen whole by every row: no score of theirs needs to be looked at.
-  const int full_begin = (s.key_begin + Tiles::kKeys - 1) / Tiles::kKeys;
-  const int full_end = last_row + 1 - first_row < Tiles::kRows ? 0 : higher(visible_end(s, first_row), 0) / Tiles::kKeys;
-
-  const auto copy_key = [&](int tile) {
-    copy_rows<kThreads>(memory.key, key, p.key.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim, thread);
-    ptx::commit_async_copies();
-  };
-  const auto copy_value = [&](int tile) {
-    copy_rows<kThreads>(memory.value, value, p.value.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim, thread);
-    ptx::commit_async_copies();
-  };
-  const auto copy_prefix = [&](int slot) {
-    copy_rows<kThreads>(memory.prefix_key, prefix_key, p.prefix_key.stride_row, slot, 0, s.slots, head_dim, thread);
-    copy_rows<kThreads>(memory.prefix_value, prefix_value, p.prefix_value.stride_row, slot, 0, s.slots, head_dim, thread);
-  };
-
-  copy_rows<kThreads>(memory.query, query, p.query.stride_row, first_row, 0, s.queries, head_dim, thread);
-  if (kPrefixApart && s.slots > 0) copy_prefix(0);
-  if (begin < end) copy_key(begin);
-
-  float output[kM][kD][4], largest[kM][2], total[kM][2];
-  set_zero(output);
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    largest[m][0] = largest[m][1] = -kInfinity;
-    total[m][0] = total[m][1] = 0.0f;
-  }
-
-  #pragma unroll 1
-  for (int tile = begin; tile < end; ++tile) {
-    ptx::wait_async_copies<0>();
-    __syncthreads();  // K (and Q) is there; every warp is done with V
-    copy_value(tile);
-    float c[kM][kN][4];
-    set_zero(c);
-    multiply_abt(c, memory.query, warp_row, memory.key, 0);
-    ptx::wait_async_copies<0>();
-    __syncthreads();  // V is there; every warp is done with K
-    if (tile + 1 < end) copy_key(tile + 1);
-    if (kElementwise || tile < full_begin || tile >= full_end) {
-      apply_rule<kElementwise>(c, rule, s, first_row + warp_row, tile * Tiles::kKeys);
-    }
-    softmax_step(c, largest, total, output, scale);
-    multiply_pb(output, c, memory.value, 0);
-  }
-  ptx::commit_async_copies();
-  ptx::wait_async_copies<0>();
-  __syncthreads();
-
-  // The word branch is complete: normalise it and leave its statistics.
+  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule left
   const int64_t statistics = statistic_row(p, s, b, head);
   constexpr float kLn2 = 0.6931471805599453f;
   float* logsumexp = p.logsumexp.data == nullptr ? nullptr : static_cast<float*>(p.logsumexp.data) + statistics;
@@ -199,9 +155,9 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
       prefix_sum[m][0] = prefix_sum[m][1] = 0.0f;
     }
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
-      if (slot > 0 || !kPrefixApart) {
+      if (slot > 0 || !Memory::kPrefixApart) {
         __syncthreads();
-        copy_prefix(slot);
+        copy_prefix<T>(memory, p, place, slot);
         ptx::commit_async_copies();
         ptx::wait_async_copies<0>();
         __syncthreads();
@@ -233,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
       if (s.slots > kPrefixTile) {
         __syncthreads();
-        copy_prefix(slot);
+        copy_prefix<T>(memory, p, place, slot);
         ptx::commit_async_copies();
         ptx::wait_async_copies<0>();
         __syncthreads();
@@ -258,6 +214,70 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, s.queries, output[m], s.bad_prefix ? gate : 1.0f, 0,
                    head_dim);
   }
+}
+
+template <class T, int kHeadDim, bool kElementwise>
+__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
+    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
+  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
+  constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
+  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
+  const Memory memory(ptx::dynamic_shared_memory());
+
+  const ForwardPlace place = place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const auto& [b, head, head_kv, first_row, s] = place;
+  if (first_row >= s.queries) return;
+  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
+  const ScoreRule rule = score_rule(p, b, head);
+  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule leaves
+
+
+  // A tile is the keys [at, at + kKeys), from the one with the first valid key to the last key of the last row.
+  const int begin = s.key_begin / Tiles::kKeys * Tiles::kKeys;
+  const int end = visible_end(s, lower(first_row + Tiles::kRows, s.queries) - 1);
+
+  // Pointers found anew for each tile: eight registers that 255 a thread do not have room for.
+  const auto copy_tile = [&](const auto& tile, const TensorView& from, int at) {
+    const T* rows = head_pointer<const T>(from, ptx::opaque(b), ptx::opaque(head_kv), s.first_key);
+    copy_rows<kThreads>(tile, rows, from.stride_row, at, s.key_begin, s.key_end, head_dim, ptx::thread_index());
+    ptx::commit_async_copies();
+  };
+  copy_rows<kThreads>(memory.query, head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, first_row, 0,
+                      s.queries, head_dim, ptx::thread_index());
+  if (Memory::kPrefixApart && s.slots > 0) copy_prefix<T>(memory, p, place, 0);
+  if (begin < end) copy_tile(memory.key, p.key, begin);
+
+  float output[kM][kD][4], largest[kM][2], total[kM][2];
+  set_zero(output);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    largest[m][0] = largest[m][1] = -kInfinity;
+    total[m][0] = total[m][1] = 0.0f;
+  }
+
+#pragma unroll 1
+  for (int at = begin; at < end; at += Tiles::kKeys) {
+    ptx::wait_async_copies<0>();
+    __syncthreads();  // K (and Q) is there; every warp is done with V
+    copy_tile(memory.value, p.value, at);
+    float c[kM][kN][4];
+    set_zero(c);
+    multiply_abt(c, memory.query, warp_row, memory.key, 0);
+    ptx::wait_async_copies<0>();
+    __syncthreads();  // V is there; every warp is done with K
+    if (at + Tiles::kKeys < end) copy_tile(memory.key, p.key, at + Tiles::kKeys);
+    if (kElementwise || at < s.key_begin || at + Tiles::kKeys > visible_end(s, first_row)) {
+      apply_rule<kElementwise>(c, rule, s, first_row + warp_row, at);
+    }
+    softmax_step(c, largest, total, output, scale);
+    multiply_pb(output, c, memory.value, 0);
+  }
+  ptx::commit_async_copies();
+  ptx::wait_async_copies<0>();
+  __syncthreads();
+
+  finish_forward<T, kHeadDim, kElementwise>(p, place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks), memory, output, largest,
+                                            total);
 }
 
 }  // namespace lak

@@ -55,13 +55,15 @@ __device__ __forceinline__ float word_probability(float raw, float scale, float 
 // Queries down, keys across.
 template <bool kElementwise, int kM, int kN>
 __device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, int query, int key) {
-  const int first = key + lane_id() % 4 * 2;
+  // Needed at the edges alone: nothing of it is kept in registers between the tiles.
+  const int lane = ptx::opaque(lane_id()), first = key + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = query + 16 * m + 8 * half + lane_id() / 4;
-      const int end = row < s.queries ? visible_end(s, row) : 0;
+      const int row = query + 16 * m + 8 * half + lane / 4;
+      // Rows past the last are computed along and never stored; only the mask has nothing for them.
+      const int end = kElementwise && row >= s.queries ? 0 : visible_end(s, row);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll

@@ -9,6 +9,9 @@ namespace lak::ptx {
 
 using emulator::Where;
 
+inline unsigned block_index() { return blockIdx.x; }
+inline int opaque(int x) { return x; }
+inline int thread_index() { return threadIdx.x; }
 inline uint32_t dynamic_shared_memory() { return emulator::Block::kSharedBase; }
 
 template <class T>
