@@ -66,8 +66,7 @@ const char* lak_cuda_error(int code) {
     case kLakNoCodeForDevice: return "the device has no compiled code here; built architectures: " LAK_CUDA_ARCHITECTURES;
     case kLakTooMuchSharedMemory: return "the device has too little shared memory for this kernel (99 KiB a block are needed)";
     case kLakNoWorkspace: return "workspace: expected memory, got none";
-    case kLakLaunchFailed: return "the kernel launch failed";
-    default: return "unknown error";
+    default: return code > kLakCudaError ? cudaGetErrorString(static_cast<cudaError_t>(code - kLakCudaError)) : "unknown error";
   }
 }
 

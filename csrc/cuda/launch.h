@@ -22,7 +22,7 @@ enum LakCudaError : int {
   kLakNoCodeForDevice,
   kLakTooMuchSharedMemory,
   kLakNoWorkspace,
-  kLakLaunchFailed,
+  kLakCudaError = 1000,  // plus a cudaError_t
 };
 
 LAK_EXPORT const char* lak_cuda_error(int code);
@@ -30,6 +30,13 @@ LAK_EXPORT const char* lak_cuda_error(int code);
 LAK_EXPORT int lak_cuda_forward(const lak::ZeroGateParams* params, void* stream);
 LAK_EXPORT int lak_cuda_backward(const lak::ZeroGateParams* params, void* stream);
 LAK_EXPORT int lak_cuda_decode(const lak::ZeroGateParams* params, void* stream);
+
+// What is compiled, one line a kernel: name, element type, padded head_dim, rows and keys of a tile, threads a block, blocks a
+// multiprocessor shall hold, dynamic shared memory of a block in bytes.
+LAK_EXPORT const char* lak_cuda_kernels();
+
+// The architectures that are compiled, separated by spaces.
+LAK_EXPORT const char* lak_cuda_architectures();
 
 // Bytes of params.workspace.
 LAK_EXPORT int64_t lak_cuda_backward_workspace(const lak::ZeroGateParams* params);

@@ -54,5 +54,7 @@ struct QueryGradientTiles {
 // Each warp of decode streams its own keys, 16 at a time, in a pipeline of this depth.
 template <class T, int kHeadDim>
 constexpr int kDecodeStages = kIsTuned<T, kHeadDim> ? 2 : 1;
+template <class T, int kHeadDim>
+constexpr int kDecodeWarps = !kIsHalf<T> && kHeadDim == 256 ? 2 : 4;
 
 }  // namespace lak

@@ -33,16 +33,13 @@ def _cuda_lines() -> list[str]:
     """What the CUDA library says of its architectures and kernels, one line each; why not, where it is not there."""
     import torch
 
-    from llama_adapter_kernels import ops
+    from llama_adapter_kernels import cuda_library, ops
 
-    if ops.cuda_library_error is not None:
-        return [f"CUDA library: {ops.cuda_library_error}"]
-    lines = []
+    lines = [] if ops.cuda_library_error is None else [f"CUDA library: not used: {ops.cuda_library_error}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}")
-    report = getattr(ops, "cuda_kernel_report", None)
-    return lines + (report() if report is not None else [])
+    return lines + cuda_library.report()
 
 
 def _version(package: str) -> str | None:

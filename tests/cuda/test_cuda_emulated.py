@@ -67,6 +67,7 @@ def test_only_what_is_asked_for(emulator: ModuleType, needs: tuple[bool, bool, b
         Case(batch=2, heads_q=8, heads_kv=2, seq_q=1, seq_k=150, head_dim=64, window="both"),
         Case(batch=3, heads_q=4, heads_kv=2, seq_q=1, seq_k=65, head_dim=40, prefix="table", window="end"),
         Case(batch=1, heads_q=5, heads_kv=1, seq_q=4, seq_k=300, head_dim=128, prefix_length=33),
+        Case(batch=1, heads_q=2, heads_kv=1, seq_q=2, seq_k=100, head_dim=256),
         Case(batch=1, heads_q=2, heads_kv=2, seq_q=1, seq_k=0, head_dim=64),
         Case(batch=1, heads_q=2, heads_kv=2, seq_q=1, seq_k=64, head_dim=64, prefix="none"),
     ],

@@ -30,21 +30,21 @@ struct DecodePartials {
 
 template <class T, int kHeadDim>
 struct DecodeMemory {
-  static constexpr int kStages = kDecodeStages<T, kHeadDim>;
+  static constexpr int kStages = kDecodeStages<T, kHeadDim>, kWarpsHere = kDecodeWarps<T, kHeadDim>;
   using Tile = SharedTile<T, kDecodeRows, kHeadDim>;
   static constexpr int kRing = kStages * 2 * Tile::kBytes;
   // Merge: per warp 16 maxima, 16 sums, [16, D] float32 outputs.
-  static constexpr int kMergeBytes = kWarps * kDecodeRows * (2 + kHeadDim) * 4;
-  static constexpr int kRingsBytes = kWarps * kRing > kMergeBytes ? kWarps * kRing : kMergeBytes;
+  static constexpr int kMergeBytes = kWarpsHere * kDecodeRows * (2 + kHeadDim) * 4;
+  static constexpr int kRingsBytes = kWarpsHere * kRing > kMergeBytes ? kWarpsHere * kRing : kMergeBytes;
   static constexpr int kBytes = Tile::kBytes + kRingsBytes;
 };
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
     decode_kernel(const __grid_constant__ ZeroGateParams p, int splits, int row_tiles) {
   using Memory = DecodeMemory<T, kHeadDim>;
   using Tile = typename Memory::Tile;
-  constexpr int kD = kHeadDim / 8, kStages = Memory::kStages;
+  constexpr int kD = kHeadDim / 8, kStages = Memory::kStages, kWarpsHere = Memory::kWarpsHere;
   const uint32_t base = ptx::dynamic_shared_memory();
   const int split = static_cast<int>(blockIdx.x % splits);
   const int tile = static_cast<int>(blockIdx.x / splits);  // of (sequence, kv head, rows)
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rows = s.queries * group;  // row = query * group + head in the group
 
   // The window is split evenly whatever the length of the cache's memory, in units of what the block takes at a time.
-  constexpr int kUnit = kWarps * kDecodeKeys;
+  constexpr int kUnit = kWarpsHere * kDecodeKeys;
   const int units = (higher(s.key_end - s.key_begin, 0) + kUnit - 1) / kUnit;
   const int per_split = (units + splits - 1) / splits;
   const int first_key = s.key_begin + lower(split * per_split, units) * kUnit;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto ring = [&](int stage, int which) {
     return Tile{base + Tile::kBytes + warp * Memory::kRing + (stage * 2 + which) * Tile::kBytes};
   };
-  for (int index = threadIdx.x; index < kDecodeRows * Tile::kChunks; index += kThreads) {
+  for (int index = threadIdx.x; index < kDecodeRows * Tile::kChunks; index += 32 * kWarpsHere) {
     const int r = index / Tile::kChunks, c = index % Tile::kChunks, row = row_tile * kDecodeRows + r;
     const bool valid = row < rows && c * Tile::kChunk < head_dim;
     const T* source = head_pointer<const T>(p.query, b, head_kv * group + (valid ? row % group : 0), valid ? row / group : 0);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   // Merge the warps: float32 [warp][row] of maxima, sums and outputs.
-  const uint32_t maxima = base + Tile::kBytes, sums = maxima + kWarps * kDecodeRows * 4, outputs = sums + kWarps * kDecodeRows * 4;
+  const uint32_t maxima = base + Tile::kBytes, sums = maxima + kWarpsHere * kDecodeRows * 4, outputs = sums + kWarpsHere * kDecodeRows * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = warp * kDecodeRows + lane / 4 + 8 * half;
@@ -165,13 +165,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const DecodePartials partials(p, splits, row_tiles);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
-  for (int index = threadIdx.x; index < kDecodeRows * head_dim; index += kThreads) {
+  for (int index = threadIdx.x; index < kDecodeRows * head_dim; index += 32 * kWarpsHere) {
     const int row = index / head_dim, column = index % head_dim;
     float most = -kInfinity;
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, ptx::load_shared<float>(maxima + (w * kDecodeRows + row) * 4));
+    for (int w = 0; w < kWarpsHere; ++w) most = fmaxf(most, ptx::load_shared<float>(maxima + (w * kDecodeRows + row) * 4));
     const float shift = most == -kInfinity ? 0.0f : most;
     float sum = 0.0f, value_sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kWarpsHere; ++w) {
       const int at = w * kDecodeRows + row;
       const float weight = ptx::exp2_fast(ptx::load_shared<float>(maxima + at * 4) - shift);
       sum = fmaf(weight, ptx::load_shared<float>(sums + at * 4), sum);

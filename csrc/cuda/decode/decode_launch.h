@@ -33,14 +33,15 @@ int launch_decode(const ZeroGateParams& p, cudaStream_t stream) {
   constexpr auto kDecode = decode_kernel<T, kHeadDim>;
   constexpr auto kCombine = combine_kernel<T, kHeadDim>;
   constexpr int kBytes = DecodeMemory<T, kHeadDim>::kBytes;
-  static_assert(kBytes <= 99 * 1024 || !kIsTuned<T, kHeadDim>);
-  static const int allowed = allow_shared_memory(kDecode, kBytes);
+  static_assert(kBytes <= 99 * 1024, "compute capability 8.6 has 99 KiB of shared memory a block");
+  constexpr int kThreadsHere = 32 * kDecodeWarps<T, kHeadDim>;
+  const int allowed = allow_shared_memory(kDecode, kBytes);
   if (allowed != kLakSuccess) return allowed;
   const int s = static_cast<int>(splits), t = static_cast<int>(row_tiles);
-  if (const int code = launch_result(ptx::launch<kDecode>(blocks, kThreads, kBytes, stream, p, s, t)); code != kLakSuccess) {
+  if (const int code = code_of(ptx::launch<kDecode>(blocks, kThreadsHere, kBytes, stream, p, s, t)); code != kLakSuccess) {
     return code;
   }
-  return launch_result(ptx::launch<kCombine>(ceil_div(rows, kWarps), kThreads, 0, stream, p, s, t));
+  return code_of(ptx::launch<kCombine>(ceil_div(rows, kWarps), kThreads, 0, stream, p, s, t));
 }
 
 }  // namespace lak

@@ -18,10 +18,10 @@ int launch_checked(int64_t blocks, int threads, cudaStream_t stream, const Argum
   if (blocks == 0) return kLakSuccess;
   if (!grid_fits(blocks)) return kLakGridTooLarge;
   if constexpr (kBytes > 0) {
-    static const int allowed = allow_shared_memory(kKernel, kBytes);
+    const int allowed = allow_shared_memory(kKernel, kBytes);
     if (allowed != kLakSuccess) return allowed;
   }
-  return launch_result(ptx::launch<kKernel>(static_cast<unsigned>(blocks), threads, kBytes, stream, arguments...));
+  return code_of(ptx::launch<kKernel>(static_cast<unsigned>(blocks), threads, kBytes, stream, arguments...));
 }
 
 template <class T, int kHeadDim, bool kElementwise, bool kAddQueryGradient>

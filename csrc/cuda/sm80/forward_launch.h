@@ -16,9 +16,9 @@ int launch_forward_kernel(const ZeroGateParams& p, cudaStream_t stream) {
   const int64_t blocks = row_blocks * p.heads_q * p.batch;
   if (blocks == 0) return kLakSuccess;
   if (!grid_fits(blocks)) return kLakGridTooLarge;
-  static const int allowed = allow_shared_memory(kKernel, Memory::kBytes);
+  const int allowed = allow_shared_memory(kKernel, Memory::kBytes);
   if (allowed != kLakSuccess) return allowed;
-  return launch_result(ptx::launch<kKernel>(blocks, kThreads, Memory::kBytes, stream, p, static_cast<int>(row_blocks)));
+  return code_of(ptx::launch<kKernel>(blocks, kThreads, Memory::kBytes, stream, p, static_cast<int>(row_blocks)));
 }
 
 template <class T, int kHeadDim>

@@ -1,0 +1,101 @@
+"""The CUDA library as it was built: registers, local memory, shared memory and instructions of its kernels. No GPU needed."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from llama_adapter_kernels import cuda_library
+from llama_adapter_kernels.cuda_library import Kernel
+
+pytestmark = pytest.mark.skipif(
+    not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc at installation, or LAK_CUDA=0"
+)
+
+# Shared memory of a multiprocessor in KiB; 1 KiB of it goes to the system for every block.
+SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228}
+REGISTERS = 65536
+TUNED = ("forward", "forward_masked", "backward_keys_dquery", "backward_keys", "backward_keys_masked",
+         "backward_queries", "backward_queries_masked", "backward_rows", "backward_prefix", "decode")  # fmt: skip
+
+
+def is_tuned(kernel: Kernel) -> bool:
+    return kernel.dtype != "float32" and kernel.head_dim <= 128
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return cuda_library.kernels()
+
+
+def test_architectures() -> None:
+    assert cuda_library.architectures() == list(SHARED_KIB)
+    listed = subprocess.run(
+        [str(cuda_library.cuobjdump()), "--list-ptx", str(cuda_library.LIBRARY)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "sm_90.ptx" in listed  # for cards later than the newest architecture
+
+
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+def test_registers_and_shared_memory(kernels: list[Kernel], architecture: str) -> None:
+    functions = cuda_library.usage()[architecture]
+    assert {kernel.name for kernel in kernels if is_tuned(kernel)} == set(TUNED)
+    for kernel in kernels:
+        usage = cuda_library.usage_of(kernel, functions)
+        blocks = kernel.blocks
+        if architecture in ("sm_86", "sm_89") and (kernel.shared / 1024 + 1) * blocks > SHARED_KIB[architecture]:
+            blocks = 1  # these cards have room for one such block
+        # Registers are given out to warps in units of 256.
+        warp_registers = (usage.registers * 32 + 255) // 256 * 256
+        assert warp_registers * (kernel.threads // 32) * blocks <= REGISTERS, (kernel, usage)
+        assert (kernel.shared / 1024 + 1) * blocks <= SHARED_KIB[architecture], kernel
+        assert kernel.shared <= 99 * 1024, kernel
+        if is_tuned(kernel):
+            assert usage.stack == 0, (kernel, usage)
+
+
+def disassembly(kernel: Kernel, architecture: str) -> str:
+    functions = cuda_library.usage()[architecture]
+    (name,) = (name for name in functions if name.startswith(kernel.symbol))
+    command = [cuda_library.cuobjdump(), "-sass", "-arch", architecture, "-fun", name, cuda_library.LIBRARY]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def count(code: str, instruction: str) -> int:
+    return len(re.findall(rf"\b{instruction}\b", code))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["forward", "backward_keys_dquery", "backward_queries", "decode"])
+def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, architecture: str) -> None:
+    """Products on tensor cores, operands by ldmatrix, tiles by 16-byte asynchronous copies, nothing in local memory."""
+    (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == (name, "bfloat16", 128))
+    code = disassembly(kernel, architecture)
+    assert count(code, r"HMMA\.16816\.F32\.BF16") >= 64
+    assert count(code, r"LDSM\.16(?:\.M|\.MT)88\.4") >= 16
+    assert count(code, r"LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128") >= 8
+    assert count(code, r"MUFU\.EX2") >= 8
+    assert count(code, r"(?:LDL|STL)(?:\.\w+)*") == 0
+    assert count(code, r"RED\.E\.ADD\.F32\S*") > 0 if name == "backward_keys_dquery" else True
+
+
+def test_float32_is_not_rounded(kernels: list[Kernel]) -> None:
+    (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == ("forward_masked", "float32", 64))
+    code = disassembly(kernel, "sm_80")
+    assert count(code, "FFMA") > 500
+    assert count(code, r"HMMA\S*") == 0
+
+
+def test_registers_the_ops() -> None:
+    torch.ops.load_library(cuda_library.LIBRARY)
+    for op in ("forward", "backward", "decode"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"llama_adapter_kernels::{op}", "CUDA")
+
+
+def test_report_has_a_line_for_each_kernel(kernels: list[Kernel]) -> None:
+    lines = cuda_library.report()
+    assert "sm_80, sm_86, sm_89, sm_90" in lines[0]
+    for kernel in kernels:
+        assert any(re.match(rf"\s+{kernel.name} +{kernel.dtype} +{kernel.head_dim} ", line) for line in lines)
