@@ -42,7 +42,10 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
+        # Of an editable install setuptools copies the declared library alone into the sources; the CUDA library is optional.
+        folders = {package, ROOT / "llama_adapter_kernels"} if self.editable_mode else {package}
+        for folder in folders:
+            subprocess.run(["cmake", "--install", str(build), "--prefix", str(folder)], check=True)
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -114,7 +114,9 @@ def report() -> list[str]:
     lines = [f"CUDA library: {', '.join(built)}, and PTX for later cards"]
     if not compiled:
         return [*lines, "  registers are shown where Triton is installed (it brings cuobjdump)"]
-    lines.append(f"  {'kernel':<24}{'type':<10}{'head_dim':>8}  {'tile':<8}{'threads':>7}{'KiB':>6}  registers ({', '.join(built)})")
+    lines.append(
+        f"  {'kernel':<24}{'type':<10}{'head_dim':>8}  {'tile':<8}{'threads':>7}{'KiB':>6}  registers ({', '.join(built)})"
+    )
     for kernel in kernels():
         found = [usage_of(kernel, compiled[architecture]) for architecture in built]
         registers = " ".join(f"{u.registers}{'*' if u.stack else ''}" for u in found)

@@ -1,4 +1,4 @@
-"""The CUDA library as it was built: registers, local memory, shared memory and instructions of its kernels. No GPU needed."""
+"""The CUDA library as built: registers, local memory, shared memory and instructions of its kernels. No GPU needed."""
 
 import re
 import subprocess
@@ -73,12 +73,12 @@ def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, archite
     """Products on tensor cores, operands by ldmatrix, tiles by 16-byte asynchronous copies, nothing in local memory."""
     (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == (name, "bfloat16", 128))
     code = disassembly(kernel, architecture)
-    assert count(code, r"HMMA\.16816\.F32\.BF16") >= 64
+    assert count(code, r"HMMA\.16816\.F32\.BF16") >= 32
     assert count(code, r"LDSM\.16(?:\.M|\.MT)88\.4") >= 16
     assert count(code, r"LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128") >= 8
     assert count(code, r"MUFU\.EX2") >= 8
     assert count(code, r"(?:LDL|STL)(?:\.\w+)*") == 0
-    assert count(code, r"RED\.E\.ADD\.F32\S*") > 0 if name == "backward_keys_dquery" else True
+    assert count(code, r"REDG?\.E\.ADD\.F32\S*") >= (32 if name == "backward_keys_dquery" else 0)
 
 
 def test_float32_is_not_rounded(kernels: list[Kernel]) -> None:

@@ -50,7 +50,9 @@ def test_deterministic_gradients(dtype: torch.dtype) -> None:
 
 def test_a_thousand_repeats_give_the_same_output() -> None:
     """A race would show as a difference now and then; blocks of all sizes are in flight at the same time."""
-    problem = make_problem(Case(batch=4, heads_q=16, heads_kv=4, seq_q=515, seq_k=515, head_dim=64), torch.bfloat16, "cuda")
+    problem = make_problem(
+        Case(batch=4, heads_q=16, heads_kv=4, seq_q=515, seq_k=515, head_dim=64), torch.bfloat16, "cuda"
+    )
     tensors = {name: None if t is None else t.detach() for name, t in problem.tensors.items()}
     first = zero_gate_attention(**tensors, **problem.arguments, backend="cuda")
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -70,7 +72,9 @@ def test_decode(dtype: torch.dtype, head_dim: int, window: str) -> None:
     arguments = dict(problem.arguments)
     arguments.pop("is_causal", None)
     with torch.no_grad():
-        output = zero_gate_decode(**rest, **cache, cache_lengths=arguments.pop("key_end", None), **arguments, backend="cuda")
+        output = zero_gate_decode(
+            **rest, **cache, cache_lengths=arguments.pop("key_end", None), **arguments, backend="cuda"
+        )
     (found,) = deviations(replace(problem, doutput=None), {"output": output})
     assert found.ok, str(found)
 
@@ -89,7 +93,9 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 def test_in_a_cuda_graph() -> None:
-    problem = make_problem(Case(batch=2, heads_q=4, heads_kv=2, seq_q=100, seq_k=100, head_dim=128), torch.bfloat16, "cuda")
+    problem = make_problem(
+        Case(batch=2, heads_q=4, heads_kv=2, seq_q=100, seq_k=100, head_dim=128), torch.bfloat16, "cuda"
+    )
     tensors = {name: None if t is None else t.detach() for name, t in problem.tensors.items()}
 
     def call() -> torch.Tensor:
@@ -118,7 +124,9 @@ def test_misaligned_views_are_copied() -> None:
 
 
 def test_gradient_of_what_is_asked_for() -> None:
-    problem = make_problem(Case(batch=2, heads_q=4, heads_kv=2, seq_q=65, seq_k=65, head_dim=64), torch.bfloat16, "cuda")
+    problem = make_problem(
+        Case(batch=2, heads_q=4, heads_kv=2, seq_q=65, seq_k=65, head_dim=64), torch.bfloat16, "cuda"
+    )
     every = problem.backward(problem.forward("cuda"))
     for name in ("query", "key", "value"):
         tensor = problem.tensors[name]
@@ -145,7 +153,9 @@ def test_what_the_kernels_do_not_do_is_refused(change: dict[str, object], messag
 
 
 def test_compiles_without_a_graph_break() -> None:
-    problem = make_problem(Case(batch=1, heads_q=4, heads_kv=2, seq_q=64, seq_k=64, head_dim=64), torch.bfloat16, "cuda")
+    problem = make_problem(
+        Case(batch=1, heads_q=4, heads_kv=2, seq_q=64, seq_k=64, head_dim=64), torch.bfloat16, "cuda"
+    )
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(**arguments: object) -> torch.Tensor:
