@@ -21,7 +21,11 @@ bool detect(Isa isa) {
     case Isa::kBaseline: return true;
     case Isa::kAvx2: return avx2;
     case Isa::kAvx512: return avx512;
+#if defined(LAK_BF16_STAND_IN)
+    case Isa::kAvx512Bf16: return avx512;
+#else
     case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   }
 #endif
   return isa == Isa::kBaseline;

@@ -7,7 +7,10 @@
 //
 // Scratch of a worker: Q^T [head_dim][queries], S^T [keys][queries], accumulator [queries][head_dim], and the key and
 // value block as floats where storage is narrower. At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
+#include <type_traits>
+
 #include "kernel_table.h"
+#include "pairs.h"
 #include "scores.h"
 
 namespace lak::cpu::LAK_ISA {
@@ -37,17 +40,17 @@ class ForwardBlock {
   using C = Compute<T>;
   static constexpr int64_t kLane = kLanes<C>;
   static constexpr C kMinusInfinity = -__builtin_huge_val();
+  static constexpr bool kMayPair = LAK_HAS_PAIRS && std::is_same_v<T, BFloat16>;
 
  public:
   ForwardBlock(const ZeroGateParams& params, const Sequence& sequence, int64_t b, int64_t head, int64_t first,
                const ForwardScratch<T>& scratch)
       : p(params), seq(sequence), batch(b), head_q(head), head_kv(head / (params.heads_q / params.heads_kv)), q0(first),
         rows(smaller(kBlockQueries, sequence.queries - first)), padded_rows(round_up(rows, kLane)), depth(params.head_dim),
-        padded_depth(round_up(params.head_dim, kLane)), s(scratch) {}
+        padded_depth(round_up(params.head_dim, kLane)), in_pairs(kMayPair && params.head_dim % 2 == 0), s(scratch) {}
 
   void run() {
-    transpose(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0), p.query.stride_row, rows, padded_rows,
-              depth, static_cast<C>(p.scale), s.query_t, kBlockQueries);
+    load_queries(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0));
     for (int64_t i = 0; i < padded_rows; ++i) s.maximum[i] = kMinusInfinity, s.sum[i] = 0;
     for (int64_t i = 0; i < rows * padded_depth; ++i) s.accumulator[i] = 0;
     const int64_t end = visible_end(seq, q0 + rows - 1);
@@ -58,13 +61,31 @@ class ForwardBlock {
   }
 
  private:
+  void load_queries(const T* from) {
+#if LAK_HAS_PAIRS
+    if constexpr (kMayPair) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(s.query_t);
+      if (in_pairs) return transpose_pairs(from, p.query.stride_row, rows, padded_rows, depth, to, kBlockQueries);
+    }
+#endif
+    transpose(from, p.query.stride_row, rows, padded_rows, depth, static_cast<C>(p.scale), s.query_t, kBlockQueries);
+  }
+
+  // S^T of n keys.
+  void score(const T* keys, int64_t stride, int64_t n, int64_t hidden) {
+#if LAK_HAS_PAIRS
+    if constexpr (kMayPair) {
+      if (in_pairs) return score_pairs(keys, stride, n, hidden);
+    }
+#endif
+    key_query_products(dense_rows<T, C>(keys, stride, n, depth, s.keys), n, s.query_t, padded_rows, depth, hidden, s.scores);
+  }
+
   // S^T for keys [k0, k0 + n) and the online softmax step, then accumulator += P V.
   void words(int64_t k0, int64_t n) {
-    const auto k = dense_rows<T, C>(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n,
-                                    depth, s.keys);
     const int64_t hidden = k0 - seq.diagonal - q0;
     const bool crosses_diagonal = hidden + n - 1 > 0;
-    key_query_products(k, n, s.query_t, padded_rows, depth, hidden, s.scores);
+    score(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n, hidden);
     if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head_q, q0, rows, k0, n, s.scores);
     if (crosses_diagonal) {
       for (int64_t m = 0; m < padded_rows; m += kLane) {
@@ -81,9 +102,7 @@ class ForwardBlock {
       for (; m + kTileVecs * kLane <= padded_rows; m += kTileVecs * kLane) softmax_step<kTileVecs>(m, n);
       for (; m < padded_rows; m += kLane) softmax_step<1>(m, n);
     }
-    const auto v = dense_rows<T, C>(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
-                                    n, depth, s.values);
-    accumulate(v, n, s.rescale, hidden);
+    accumulate(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row, n, s.rescale, hidden);
   }
 
   // Scores of n keys become probabilities relative to the new running maximum; rescale says what became of the old one.
@@ -117,7 +136,13 @@ class ForwardBlock {
   }
 
   // accumulator[m] = rescale[m] * accumulator[m] + sum_t P[t][m] V[t]; query m sees keys up to m - hidden.
-  void accumulate(const Rows<T, C>& v, int64_t n, const C* rescale, int64_t hidden) {
+  void accumulate(const T* values, int64_t stride, int64_t n, const C* rescale, int64_t hidden) {
+#if LAK_HAS_PAIRS
+    if constexpr (kMayPair) {
+      if (in_pairs) return accumulate_pairs(values, stride, n, rescale, hidden);
+    }
+#endif
+    const auto v = dense_rows<T, C>(values, stride, n, depth, s.values);
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t tile_rows = smaller(kTileRows, rows - m);
       const int64_t seen = seen_keys(n, m + tile_rows, hidden);
@@ -130,11 +155,42 @@ class ForwardBlock {
     }
   }
 
+#if LAK_HAS_PAIRS
+  void score_pairs(const BFloat16* keys, int64_t stride, int64_t n, int64_t hidden) {
+    const uint32_t* queries = reinterpret_cast<const uint32_t*>(s.query_t);
+    for (int64_t t = 0; t < n; t += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, n - t);
+      const int64_t m0 = smaller(larger(hidden + t, 0), padded_rows) / kLane * kLane;
+      for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLane) {
+        const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLane);
+        pair_tile_function<PairRowByColumns>(tile_rows, vecs)(keys + t * stride, stride, queries + m, kBlockQueries, depth,
+                                                              static_cast<C>(p.scale), s.scores + t * kBlockQueries + m,
+                                                              kBlockQueries);
+      }
+    }
+  }
+
+  void accumulate_pairs(const BFloat16* values, int64_t stride, int64_t n, const C* rescale, int64_t hidden) {
+    uint32_t* v = reinterpret_cast<uint32_t*>(s.values);
+    interleave_rows(values, stride, n, depth, padded_depth, v);
+    pack_probabilities(s.scores, n, padded_rows, kBlockQueries);
+    const uint32_t* probabilities = reinterpret_cast<const uint32_t*>(s.scores);
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t tile_rows = smaller(kTileRows, rows - m);
+      const int64_t pairs = (seen_keys(n, m + tile_rows, hidden) + 1) / 2;
+      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
+        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
+        pair_tile_function<PairColumnByColumns>(tile_rows, vecs)(probabilities + m, kBlockQueries, v + d, padded_depth, pairs,
+                                                                 s.accumulator + m * padded_depth + d, padded_depth,
+                                                                 rescale ? rescale + m : nullptr);
+      }
+    }
+  }
+#endif
+
   // S_p^T for prefix slots [slot, slot + n).
   void prefix_scores(int64_t slot, int64_t n) {
-    const auto k = dense_rows<T, C>(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, slot), p.prefix_key.stride_row,
-                                    n, depth, s.keys);
-    key_query_products(k, n, s.query_t, padded_rows, depth, kNothingHidden, s.scores);
+    score(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, slot), p.prefix_key.stride_row, n, kNothingHidden);
   }
 
   void prefix() {
@@ -164,9 +220,8 @@ class ForwardBlock {
           store(at, (one_tile ? load(at) : exp2_nonpositive((load(at) - highest) * log2e)) * factor);
         }
       }
-      const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, slot),
-                                      p.prefix_value.stride_row, n, depth, s.values);
-      accumulate(v, n, nullptr, kNothingHidden);
+      accumulate(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, slot), p.prefix_value.stride_row, n, nullptr,
+                 kNothingHidden);
     }
     for (int64_t m = 0; m < padded_rows; ++m) s.sum[m] = sum[m];
   }
@@ -190,6 +245,7 @@ class ForwardBlock {
   const ZeroGateParams& p;
   const Sequence& seq;
   const int64_t batch, head_q, head_kv, q0, rows, padded_rows, depth, padded_depth;
+  const bool in_pairs;
   const ForwardScratch<T>& s;
 };
 

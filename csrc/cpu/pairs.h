@@ -1,0 +1,158 @@
+// Products of bfloat16 in pairs along the summed dimension, for CPUs with vdpbf16ps: half the loads of the float32 tiles, and
+// K is read as it lies in memory. A pair is two bfloat16 in 32 bits, the first one low. Sums are float32.
+#pragma once
+
+#include "tiles.h"
+
+#if defined(__AVX512BF16__) || defined(LAK_BF16_STAND_IN)
+#define LAK_HAS_PAIRS 1
+
+namespace lak::cpu::LAK_ISA {
+
+using Pairs = IntVec<float>;
+
+LAK_INLINE Pairs load_pairs(const uint32_t* p) { return (Pairs)_mm512_loadu_si512(p); }
+LAK_INLINE void store_pairs(uint32_t* p, Pairs v) { _mm512_storeu_si512(p, (__m512i)v); }
+
+// sum + low * low + high * high. The instruction rounds after each product and flushes denormals. The stand-in, which tests
+// use on a CPU without it, keeps denormals: a difference of 1e-38.
+LAK_INLINE Vec<float> dot_pairs(Vec<float> sum, Pairs a, Pairs b) {
+#if defined(LAK_BF16_STAND_IN)
+  const Pairs high = Pairs{} + static_cast<int32_t>(0xffff0000u);
+  sum += (Vec<float>)(a & high) * (Vec<float>)(b & high);
+  return sum + (Vec<float>)(a << 16) * (Vec<float>)(b << 16);
+#else
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+}
+
+// Two vectors of float to pairs, rounded to nearest even; no NaN with payload in its low bits comes here.
+LAK_INLINE Pairs to_pairs(Vec<float> low, Vec<float> high) {
+  const Pairs a = (Pairs)low, b = (Pairs)high;
+  const Pairs rounded_a = a + 0x7fff + ((a >> 16) & 1), rounded_b = b + 0x7fff + ((b >> 16) & 1);
+  return ((rounded_a >> 16) & 0xffff) | (rounded_b & static_cast<int32_t>(0xffff0000u));
+}
+
+// 16 elements of each of two rows: pairs of what is above one another.
+LAK_INLINE Pairs interleave(const BFloat16* low, const BFloat16* high) {
+  const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+  const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  return (Pairs)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+}
+
+LAK_INLINE uint32_t pair_at(const BFloat16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, 4);
+  return pair;
+}
+
+// to[d / 2][r] = the pair (d, d + 1) of row r, zeros for rows <= r < padded_rows. depth is even.
+inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, uint32_t* to,
+                            int64_t ldt) {
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t r0 = 0; r0 < padded_rows; r0 += lanes) {
+    int64_t d = 0;
+    if (r0 + lanes <= rows) {
+      for (; d + 2 * lanes <= depth; d += 2 * lanes) {
+        Vec<float> block[lanes];
+        for (int64_t r = 0; r < lanes; ++r) block[r] = load(reinterpret_cast<const float*>(from + (r0 + r) * stride + d));
+        transpose_square<float>(block);
+        for (int64_t i = 0; i < lanes; ++i) store_pairs(to + (d / 2 + i) * ldt + r0, (Pairs)block[i]);
+      }
+    }
+    for (; d < depth; d += 2) {
+      for (int64_t r = 0; r < lanes; ++r) to[d / 2 * ldt + r0 + r] = r0 + r < rows ? pair_at(from + (r0 + r) * stride + d) : 0;
+    }
+  }
+}
+
+// to[t / 2][d] = the pair of rows t, t + 1, zeros past the last row and column.
+inline void interleave_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, int64_t padded_depth, uint32_t* to) {
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t t = 0; t < rows; t += 2) {
+    const BFloat16 *low = from + t * stride, *high = low + stride;
+    const bool has_high = t + 1 < rows;
+    int64_t d = 0;
+    for (; has_high && d + lanes <= depth; d += lanes) store_pairs(to + d, interleave(low + d, high + d));
+    for (; d < padded_depth; ++d) {
+      to[d] = d < depth ? low[d].bits | (has_high ? static_cast<uint32_t>(high[d].bits) << 16 : 0u) : 0u;
+    }
+    to += padded_depth;
+  }
+}
+
+// Probabilities [n][ld] become pairs of rows, [ceil(n / 2)][ld], in place.
+inline void pack_probabilities(float* scores, int64_t n, int64_t padded_rows, int64_t ld) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(scores);
+  for (int64_t t = 0; t < n; t += 2) {
+    for (int64_t m = 0; m < padded_rows; m += kLanes<float>) {
+      const Vec<float> low = load(scores + t * ld + m), high = t + 1 < n ? load(scores + (t + 1) * ld + m) : Vec<float>{};
+      store_pairs(to + t / 2 * ld + m, to_pairs(low, high));
+    }
+  }
+}
+
+// out[r][0 .. VECS) = factor * sum_k a[r][k] b[k][..] over `depth` elements: rows of a lie in storage, b holds pairs.
+template <int ROWS, int VECS>
+struct PairRowByColumns {
+  static void run(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth, float factor, float* out,
+                  int64_t ldo) {
+    Vec<float> sum[ROWS][VECS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<float>{};
+    for (int64_t k = 0; k < depth / 2; ++k) {
+      Pairs column[VECS];
+      for (int v = 0; v < VECS; ++v) column[v] = load_pairs(b + k * ldb + v * kLanes<float>);
+      for (int r = 0; r < ROWS; ++r) {
+        const Pairs x = Pairs{} + static_cast<int32_t>(pair_at(a + r * lda + 2 * k));
+        for (int v = 0; v < VECS; ++v) sum[r][v] = dot_pairs(sum[r][v], x, column[v]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) store(out + r * ldo + v * kLanes<float>, sum[r][v] * broadcast(factor));
+  }
+};
+
+// out[r][0 .. VECS) = rescale[r] * out + sum over `pairs` pairs of rows of a and b, columns of a broadcast.
+template <int ROWS, int VECS>
+struct PairColumnByColumns {
+  static void run(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs, float* out, int64_t ldo,
+                  const float* rescale) {
+    Vec<float> sum[ROWS][VECS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<float>{};
+    for (int64_t k = 0; k < pairs; ++k) {
+      Pairs column[VECS];
+      for (int v = 0; v < VECS; ++v) column[v] = load_pairs(b + k * ldb + v * kLanes<float>);
+      for (int r = 0; r < ROWS; ++r) {
+        const Pairs x = Pairs{} + static_cast<int32_t>(a[k * lda + r]);
+        for (int v = 0; v < VECS; ++v) sum[r][v] = dot_pairs(sum[r][v], x, column[v]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec<float> factor = broadcast(rescale ? rescale[r] : 1.0f);
+      for (int v = 0; v < VECS; ++v) {
+        float* to = out + r * ldo + v * kLanes<float>;
+        store(to, load(to) * factor + sum[r][v]);
+      }
+    }
+  }
+};
+
+// The instantiation for `rows` x `vecs`, as tile_function of tiles.h.
+template <template <int, int> class Tile, int ROWS = kTileRows, int VECS = kTileVecs>
+LAK_INLINE auto pair_tile_function(int64_t rows, int64_t vecs) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return pair_tile_function<Tile, ROWS - 1, VECS>(rows, vecs);
+  }
+  if constexpr (VECS > 1) {
+    if (vecs < VECS) return pair_tile_function<Tile, ROWS, VECS - 1>(rows, vecs);
+  }
+  return &Tile<ROWS, VECS>::run;
+}
+
+}  // namespace lak::cpu::LAK_ISA
+
+#else
+#define LAK_HAS_PAIRS 0
+#endif
