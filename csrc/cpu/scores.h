@@ -41,15 +41,35 @@ LAK_INLINE auto sees(int64_t m, int64_t t, int64_t hidden) {
   return lane >= broadcast(static_cast<C>(hidden + t - m));
 }
 
-// scores[t][m] += mask, for `rows` queries from q0 and n keys from k0.
+// scores[t][m] += mask, for `rows` queries from q0 and n keys from k0: squares of the mask are transposed in registers.
 template <class C>
 void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t rows, int64_t k0, int64_t n, C* scores) {
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t offset = b * mask.stride_batch + head * mask.stride_head + (q0 + m) * mask.stride_query;
-    for (int64_t t = 0; t < n; ++t) {
-      scores[t * kBlockQueries + m] += mask_value<C>(mask, offset + (k0 + t) * mask.stride_key);
+  constexpr int64_t lanes = kLanes<C>;
+  const int64_t first = b * mask.stride_batch + head * mask.stride_head + q0 * mask.stride_query + k0 * mask.stride_key;
+  with_mask_reader<C>(mask, [&](const auto& read) {
+    for (int64_t m = 0; m < rows; m += lanes) {
+      for (int64_t t = 0; t < n; t += lanes) {
+        const int64_t used_rows = smaller(lanes, rows - m), used_keys = smaller(lanes, n - t);
+        const bool whole = used_keys == lanes && mask.stride_key == 1;
+        Vec<C> square[lanes];
+        for (int64_t r = 0; r < lanes; ++r) {
+          alignas(64) C line[lanes] = {};
+          const int64_t offset = first + (m + r) * mask.stride_query + t * mask.stride_key;
+          if (whole && r < used_rows) {
+            for (int64_t i = 0; i < lanes; ++i) line[i] = read(offset + i);
+          } else if (r < used_rows) {
+            for (int64_t i = 0; i < used_keys; ++i) line[i] = read(offset + i * mask.stride_key);
+          }
+          square[r] = load(line);
+        }
+        transpose_square<C>(square);
+        for (int64_t i = 0; i < used_keys; ++i) {
+          C* row = scores + (t + i) * kBlockQueries + m;
+          store(row, load(row) + square[i]);
+        }
+      }
     }
-  }
+  });
 }
 
 template <class F>
