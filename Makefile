@@ -27,6 +27,7 @@ $(VENV)/environment.stamp: constraints.txt
 	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy
 	touch $@
 
+# PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.
 $(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@

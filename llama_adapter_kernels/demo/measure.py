@@ -1,7 +1,6 @@
 """What the demo measures: the held-out loss, and a training step with three ways to compute the same attention."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,16 +56,6 @@ def step_times(model: nn.Module) -> dict[str, float]:
                     seconds[name].append(time.perf_counter() - started)
             model.zero_grad(set_to_none=True)
     return {name: median(values) for name, values in seconds.items()}
-
-
-def gate_values(adapter: Any) -> dict[int, list[float]]:
-    """tanh(gate) of every query head by layer, lowest layer first; `adapter` is attach_adapter's handle."""
-    gates = {}
-    for name, parameter in adapter.named_parameters():
-        layer = re.search(r"\d+", name)
-        if "gate" in name and layer:
-            gates[int(layer.group())] = torch.tanh(parameter.detach()).flatten().tolist()
-    return dict(sorted(gates.items()))
 
 
 def two_calls(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor, **options: Any) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from llama_adapter_kernels import backends
 from llama_adapter_kernels.data import Example, Row, tokenize
 from llama_adapter_kernels.demo import corpus
-from llama_adapter_kernels.demo.measure import gate_values, held_out_loss, step_times
+from llama_adapter_kernels.demo.measure import held_out_loss, step_times
 from llama_adapter_kernels.demo.pictures import gates_picture, loss_picture
 from llama_adapter_kernels.demo.report import Answers, Results, report
 from llama_adapter_kernels.finetune import attach, train
@@ -90,7 +90,7 @@ def run(output: Path, settings: Settings = SETTINGS, held_out_limit: int | None 
         training_functions=len(training),
         held_out_functions=len(held_out),
         held_out_losses={0: loss_before, **measured.losses, outcome.step: loss_after},
-        gates=gate_values(adapter),
+        gates={layer: gate.tolist() for layer, gate in adapter.gates().items()},
         answers=[Answers(e.signature, e.answer, b, a) for e, b, a in zip(shown, before, after, strict=True)],
         step_seconds=step_times(network),
         backend=backends.choose(None, torch.empty(1, 1, 1, 32)),
