@@ -29,7 +29,7 @@ $(VENV)/environment.stamp: constraints.txt
 
 # PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.
 $(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 install: $(VENV)/package.stamp
