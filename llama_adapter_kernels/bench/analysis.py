@@ -23,7 +23,7 @@ def two_sdpa(race: Race) -> Measurement | None:
 
 def plain_sdpa(race: Race) -> Measurement | None:
     """The fastest plain attention without a prefix: the lower bound."""
-    return _fastest([e for n, e in timed(race).items() if n in ("sdpa", "sdpa-loop")])
+    return _fastest([e for n, e in timed(race).items() if n in ("sdpa", "sdpa-loop", "sdpa-rows")])
 
 
 def fused(race: Race, packed: bool = False) -> Measurement | None:

@@ -69,6 +69,33 @@ def _prepare_sdpa(backend: SDPBackend | None, problem: Problem, backward: bool) 
     return Prepared(call, tensors, problem.doutput)
 
 
+def _prepare_sdpa_rows(prefix: bool, problem: Problem, backward: bool) -> Prepared:
+    """One new token and grouped heads: the heads of a group become the rows of one query, which reads their key/value
+    head once. `enable_gqa` copies it for each head on a CPU.
+    """
+    tensors = leaves(problem)
+    attn_mask, _ = sdpa_mask(problem)
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    rows = (query.shape[0], key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
+
+    def call() -> Tensor:
+        one = query.view(rows)
+        words = scaled_dot_product_attention(one, key, value, attn_mask=attn_mask, scale=problem.case.scale)
+        if prefix:
+            shared = (tensors[name].expand(rows[0], -1, -1, -1) for name in ("prefix_key", "prefix_value"))
+            adapted = scaled_dot_product_attention(one, *shared, scale=problem.case.scale)
+            gate = tensors["gate"].to(words.dtype).view(rows[1], rows[2], 1)
+            words = torch.addcmul(words, gate, adapted)
+        return words.view(query.shape)
+
+    return Prepared(call, tensors, problem.doutput)
+
+
+def _rows_reason(problem: Problem, backward: bool) -> str | None:
+    case = problem.case
+    return None if case.seq_q == 1 and case.heads_q != case.heads_kv else "only for one new token and grouped heads"
+
+
 def _prepare_eager(problem: Problem, backward: bool) -> Prepared:
     """Prefix and words in one matrix of scores, as LLaMA-Adapter's published model code computes it.
 
@@ -192,6 +219,12 @@ _EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eag
 
 ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
              *ours(prepare_ours)]  # fmt: skip
-DECODE = [*_SDPA, *_EAGER, *ours(_prepare_ours_decode)]
+_ROWS: list[Peer[Problem]] = [
+    Peer("sdpa-rows", "plain SDPA, group as rows, no prefix", partial(_prepare_sdpa_rows, False), prefix=False,
+         reason=_rows_reason),
+    Peer("two-sdpa-rows", "two SDPA calls, group as rows", partial(_prepare_sdpa_rows, True), quick=True,
+         reason=_rows_reason),
+]  # fmt: skip
+DECODE = [*_SDPA, *_ROWS, *_EAGER, *ours(_prepare_ours_decode)]
 
 __all__ = ["ATTENTION", "DECODE", "leaves", "ours", "prepare_ours", "sdpa_mask", "two_calls"]

@@ -32,7 +32,7 @@ def _kind(entry: Measurement) -> tuple[str, str]:
         return TWO, "two SDPA calls"
     if entry.peer in ("eager", "eager-512", "peft"):
         return EAGER, "eager / PEFT"
-    if entry.peer in ("sdpa", "sdpa-loop"):
+    if entry.peer in ("sdpa", "sdpa-loop", "sdpa-rows"):
         return PLAIN, "plain SDPA, no adapter"
     return OTHER, entry.label
 
