@@ -82,8 +82,9 @@ def _prepare_sdpa_rows(prefix: bool, problem: Problem, backward: bool) -> Prepar
         one = query.view(rows)
         words = scaled_dot_product_attention(one, key, value, attn_mask=attn_mask, scale=problem.case.scale)
         if prefix:
-            shared = (tensors[name].expand(rows[0], -1, -1, -1) for name in ("prefix_key", "prefix_value"))
-            adapted = scaled_dot_product_attention(one, *shared, scale=problem.case.scale)
+            prefix_key = tensors["prefix_key"].expand(rows[0], -1, -1, -1)
+            prefix_value = tensors["prefix_value"].expand(rows[0], -1, -1, -1)
+            adapted = scaled_dot_product_attention(one, prefix_key, prefix_value, scale=problem.case.scale)
             gate = tensors["gate"].to(words.dtype).view(rows[1], rows[2], 1)
             words = torch.addcmul(words, gate, adapted)
         return words.view(query.shape)
