@@ -37,13 +37,14 @@ class OnDeviceOf {
 
 void check_launch(int code) { STD_TORCH_CHECK(code == kLakSuccess, "llama_adapter_kernels (cuda): ", lak_cuda_error(code)); }
 
-// cp.async moves 16 aligned bytes: a view that begins or steps in between is copied.
+// cp.async moves 16 aligned bytes: a view that begins or steps in between is copied. The copy has the strides that
+// empty_like gives for the view, so that results made like the copy are laid out as the fakes promise.
 Tensor aligned(const Tensor& tensor) {
   const int64_t element = tensor.element_size();
   bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
   for (int64_t d = 0; d + 1 < tensor.dim(); ++d) fits = fits && tensor.stride(d) * element % 16 == 0;
   if (fits || tensor.numel() == 0) return tensor;
-  Tensor copy = torch::stable::new_empty(tensor, {tensor.sizes().begin(), tensor.sizes().end()}, tensor.scalar_type());
+  Tensor copy = torch::stable::empty_like(tensor);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
   params.output = view_of(output);
   params.logsumexp = row_view_of(logsumexp);
   check_launch(lak_cuda_forward(&params, device.stream()));
-  return {output, logsumexp};
+  return {laid_out_like(output, query), logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
@@ -94,7 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
   Tensor workspace = new_workspace(query, lak_cuda_backward_workspace(&params));
   give_workspace(params, workspace);
   check_launch(lak_cuda_backward(&params, device.stream()));
-  return {gradients.query, gradients.key, gradients.value, gradients.prefix_key, gradients.prefix_value, gradients.gate};
+  const auto prefix = [](const Tensor& gradient, const OptionalTensor& input) {
+    return input ? laid_out_like(gradient, *input) : gradient;
+  };
+  return {laid_out_like(gradients.query, query),     laid_out_like(gradients.key, key),
+          laid_out_like(gradients.value, value),     prefix(gradients.prefix_key, prefix_key),
+          prefix(gradients.prefix_value, prefix_value), gradients.gate};
 }
 
 Tensor decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache, OptionalTensor prefix_key, OptionalTensor prefix_value,
@@ -110,7 +116,7 @@ Tensor decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache, OptionalT
   Tensor workspace = new_workspace(query, lak_cuda_decode_workspace(&params));
   give_workspace(params, workspace);
   check_launch(lak_cuda_decode(&params, device.stream()));
-  return output;
+  return laid_out_like(output, query);
 }
 
 }  // namespace

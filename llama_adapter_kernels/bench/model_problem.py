@@ -118,4 +118,5 @@ def build_model(problem: ModelProblem, attention: str) -> Any:
     model.load_state_dict(problem.weights, assign=True)
     # Buffers are not in the state dict: the rotary embedding computes them anew on the real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(problem.device)
-    return model.requires_grad_(False)
+    # Without gradients it is inference, where an adapter may keep what does not change from token to token.
+    return model.requires_grad_(False).train(problem.mode != "forward")
