@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llama_adapter_kernels.bench import analysis
 from llama_adapter_kernels.bench.results import Measurement, Results
@@ -62,7 +63,7 @@ def _bars(axes: Axes, labels: list[str], series: dict[str, tuple[str, list[float
                     textcoords="offset points",
                     va="center",
                     fontsize=8,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -188,6 +189,10 @@ def roofline(results: Results) -> Figure | None:
     return figure
 
 
+def _mebibytes(value: float) -> str:
+    return f"{value:,.0f} MiB" if value >= 100 else f"{value:.3g} MiB"
+
+
 def memory(results: Results) -> Figure | None:
     """Peak memory of one call on top of its inputs."""
     rows = [row for row in _rows(results) if any(entry.peak_memory is not None for entry in row[2].values())]
@@ -203,8 +208,14 @@ def memory(results: Results) -> Figure | None:
             found = [pick(race) for _, _, race in chosen]
             peaks = [entry.peak_memory if entry is not None else None for entry in found]
             series[name] = (colour, [None if peak is None else max(peak / 2**20, 0.01) for peak in peaks])
-        _bars(axes, [label for label, _, _ in chosen], series, lambda value: f"{value:.3g} MiB")
+        _bars(axes, [label for label, _, _ in chosen], series, _mebibytes)
         axes.set_xscale("log")
+        # A panel spans less than one decade or five of them: never one tick alone, never all in one another's way.
+        peaks_shown = [peak for _, peaks in series.values() for peak in peaks if peak is not None]
+        axes.set_xlim(left=min(peaks_shown) / 3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(peaks_shown) > 1000 * min(peaks_shown) else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.1)
         axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
         axes.set_xlabel("peak memory on top of the inputs (MiB, less is better)")
