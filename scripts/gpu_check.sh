@@ -32,6 +32,11 @@ step() {
   return $status
 }
 
+# ran NAME: tests that were all skipped (no device, a library that does not load) count as failed.
+ran() {
+  if ! grep -qE '[0-9]+ passed' "$results/$1.log"; then say "$1: NO TEST RAN" && failed=1; fi
+}
+
 # Builds the libraries into the package folder, for the architecture of this card alone.
 build() {
   local include architecture
@@ -58,7 +63,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 pytest="$python -m pytest -q -m gpu -p no:cacheprovider"
 step info 30 $python -m llama_adapter_kernels info
 step tests_cuda 150 $pytest tests/cuda "--junitxml=$results/tests_cuda.xml"
+ran tests_cuda
 step tests_triton 90 $pytest tests/triton "--junitxml=$results/tests_triton.xml"
+ran tests_triton
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
 if [[ -n $sanitizer ]]; then
   # Without torch's caching allocator every tensor is an allocation of its own, whose ends the tool knows.
@@ -66,6 +73,7 @@ if [[ -n $sanitizer ]]; then
   for tool in memcheck racecheck; do
     step $tool 75 "$sanitizer" --tool $tool --error-exitcode 9 $pytest tests/cuda/test_cuda_on_gpu.py \
       -k "bfloat16 and (s17-17 or s65-64 or (decode and 64 and none))"
+    ran $tool
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
