@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <ptx/async_copy.h>
+#include <ptx/barrier.h>
 #include <ptx/convert.h>
 #include <ptx/launch.h>
 #include <ptx/matrix.h>
@@ -79,6 +80,20 @@ __global__ void two_barriers(float* out) {
   ptx::store_global(out + threadIdx.x, 1.0f);
 }
 
+// The halves of the block meet at barriers of their own, and never each other.
+__global__ void named_barriers(float* out) {
+  const unsigned half = threadIdx.x / 64, lane = threadIdx.x % 64, base = ptx::dynamic_shared_memory() + half * 256;
+  ptx::store_shared(base + lane * 4, static_cast<float>(lane));
+  ptx::named_barrier(1 + half, 64);
+  if (half == blockIdx.x) ptx::store_global(out + lane, ptx::load_shared<float>(base + (lane + 1) % 64 * 4));
+}
+
+__global__ void named_barrier_too_small(float* out) {
+  const unsigned warp = threadIdx.x / 32;
+  ptx::named_barrier(1, warp == 0 ? 64 : 96);
+  ptx::store_global(out + threadIdx.x % 64, 1.0f);
+}
+
 __global__ void divergent_shuffle(float* out) {
   float value = 1.0f;
   if (threadIdx.x % 32 < 31) value = __shfl_xor_sync(0xffffffffu, value, 1);
@@ -141,6 +156,8 @@ void run_fault(const std::string& name, uint64_t memory) {
   LAK_KERNEL("misaligned_copy", misaligned_copy, 32, 256)
   LAK_KERNEL("divergent_barrier", divergent_barrier, kBlock, 0)
   LAK_KERNEL("two_barriers", two_barriers, kBlock, 0)
+  LAK_KERNEL("named_barriers", named_barriers, 128, 512)
+  LAK_KERNEL("named_barrier_too_small", named_barrier_too_small, 96, 0)
   LAK_KERNEL("divergent_shuffle", divergent_shuffle, 32, 0)
   LAK_KERNEL("uninitialised", uninitialised, kBlock, 256)
   LAK_KERNEL("many_threads", many_threads, 1024, 0)

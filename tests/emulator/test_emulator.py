@@ -30,6 +30,7 @@ def run(emulator: ModuleType, name: str, seed: int) -> torch.Tensor:
         ("misaligned_copy", "misaligned access of 16 bytes"),
         ("divergent_barrier", "divergent barrier: not every thread reaches it"),
         ("two_barriers", "divergent barrier: some threads wait at"),
+        ("named_barrier_too_small", "threads disagree about how many take part"),
         ("divergent_shuffle", "deadlock: every thread waits"),
     ],
 )
@@ -48,6 +49,7 @@ def test_planted_fault_is_reported(emulator: ModuleType, name: str, reports: str
 def test_correct_twins_are_not(emulator: ModuleType, seed: int) -> None:
     expected = (torch.arange(64) + 1.0) % 64
     assert torch.equal(run(emulator, "barrier", seed), expected)
+    assert torch.equal(run(emulator, "named_barriers", seed), expected)
     # Two blocks add 1 to the same buffer: whatever their order, the copy of each is complete.
     assert torch.equal(run(emulator, "waited_copy", seed), torch.full((64,), 2.0))
 
