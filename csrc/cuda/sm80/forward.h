@@ -231,7 +231,6 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
   const ScoreRule rule = score_rule(p, b, head);
   const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule leaves
 
-
   // A tile is the keys [at, at + kKeys), from the one with the first valid key to the last key of the last row.
   const int begin = s.key_begin / Tiles::kKeys * Tiles::kKeys;
   const int end = visible_end(s, lower(first_row + Tiles::kRows, s.queries) - 1);
