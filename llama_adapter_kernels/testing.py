@@ -203,11 +203,16 @@ class Truth:
     saved_output: float = 0.0  # what rounding the saved output to its dtype does to dquery and dkey, in units of eps
 
 
-def truth_of(problem: Problem) -> Truth:
-    """The reference's results {"output", "dquery", ...} for `problem`, in float64 and in its own dtype."""
+def truth_of(problem: Problem, device: str | torch.device = "cpu") -> Truth:
+    """The reference's results {"output", "dquery", ...} for `problem`, in float64 and in its own dtype.
+
+    Args:
+        device: where the reference runs. Large problems take minutes in float64 on a CPU.
+    """
     query = problem.tensors["query"]
     assert query is not None
-    exact = _truth(problem.to(torch.float64, "cpu"), "reference")
+    problem = problem.to(query.dtype, device)
+    exact = {name: result.cpu() for name, result in _truth(problem.to(torch.float64, device), "reference").items()}
     base = _eager_errors(problem, query.dtype, exact)
     largest = {n: t.detach().abs().max().item() for n, t in problem.tensors.items() if t is not None and t.numel()}
     doutput = 0.0 if problem.doutput is None or not problem.doutput.numel() else problem.doutput.abs().max().item()
@@ -239,15 +244,15 @@ def _eager_errors(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]
     for order in orders:
 
         def reordered(tensor: Tensor, order: Tensor = order) -> Tensor:
-            return tensor.detach().cpu()[..., order].requires_grad_(tensor.requires_grad)
+            return tensor.detach()[..., order.to(tensor.device)].requires_grad_(tensor.requires_grad)
 
         tensors = {n: t if n == "gate" or t is None else reordered(t) for n, t in problem.tensors.items()}
         doutput = None if problem.doutput is None else reordered(problem.doutput)
-        eager = _truth(Problem(problem.case, tensors, problem.arguments, doutput).to(dtype, "cpu"), "reference")
+        eager = _truth(Problem(problem.case, tensors, problem.arguments, doutput), "reference")
         for name, result in eager.items():
             want = exact[name] if name == "dgate" else exact[name][..., order]
             if want.numel() > 0:
-                base[name] = max(base[name], (result.double() - want).abs().max().item())
+                base[name] = max(base[name], (result.cpu().double() - want).abs().max().item())
     return base
 
 
@@ -284,7 +289,9 @@ def deviation(name: str, result: Tensor, truth: Truth) -> Deviation:
 
 def _gate_summands(problem: Problem) -> float:
     """Euclidean norm of what dgate adds up, over everything: |dO| times the prefix's weighted mean of |Vp|."""
-    exact = problem.to(torch.float64, "cpu")
+    query = problem.tensors["query"]
+    assert query is not None
+    exact = problem.to(torch.float64, query.device)
     with torch.no_grad():
         plain = replace(problem.case, prefix="none")
         without = Problem(plain, exact.tensors | dict.fromkeys(("prefix_key", "prefix_value", "gate")),

@@ -14,7 +14,7 @@ from llama_adapter_kernels.bench.cases import PREFIX_LENGTH, BenchCase, Mode
 from llama_adapter_kernels.bench.model_problem import ModelProblem, build_model, make_model_problem
 from llama_adapter_kernels.bench.peer import Peer, Prepared
 from llama_adapter_kernels.bench.work import Work, model_work
-from llama_adapter_kernels.bench.workload import Workload
+from llama_adapter_kernels.bench.workload import Workload, where_it_fits
 from llama_adapter_kernels.testing import Deviation, Truth
 
 # Recorded while the float64 model runs: per layer, the norm of the products that the gate's gradient adds up.
@@ -44,8 +44,10 @@ class ModelWorkload(Workload):
         if self.mode != "step":
             return super().call(prepared)
         trained = [leaf for name, leaf in prepared.leaves.items() if name != "hidden"]
-        # A learning rate of zero: the same work as any other, and every step is the same step.
-        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.02) if trained else None
+        # A learning rate of zero: the same work as any other, and every step is the same step. On a GPU it must be told
+        # that it will be captured in a graph.
+        capturable = self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.02, capturable=capturable) if trained else None
         wanted = list(prepared.leaves.values())
 
         def step() -> object:
@@ -76,12 +78,16 @@ class ModelWorkload(Workload):
 
     def _compute_truth(self, prefix: bool) -> Truth:
         problem = self._problems[prefix]
-        _gate_summands.clear()
-        exact = self._reference(problem.to(torch.float64, "cpu"))
-        summands = max(_gate_summands, default=0.0)
-        eager = self._reference(problem.to(problem.dtype, "cpu"))
-        base = {name: (eager[name].double() - want).abs().max().item() for name, want in exact.items()}
-        return Truth(problem.dtype, exact, base, summands)
+
+        def truth(device: torch.device) -> Truth:
+            _gate_summands.clear()
+            exact = self._reference(problem.to(torch.float64, device))
+            summands = max(_gate_summands, default=0.0)
+            eager = self._reference(problem.to(problem.dtype, device))
+            base = {name: (eager[name] - want).abs().max().item() for name, want in exact.items()}
+            return Truth(problem.dtype, exact, base, summands)
+
+        return where_it_fits(truth, self.device)
 
     def _reference(self, problem: ModelProblem) -> dict[str, Tensor]:
         model = build_model(problem, model_peers.register("bench-truth", _recording_reference))
@@ -89,8 +95,10 @@ class ModelWorkload(Workload):
             problem = replace(problem, gates=torch.zeros_like(problem.gates))  # a gate of zero: no prefix
         leaves = model_peers.attach(model, problem)
         if not problem.prefix and problem.mode == "step":
-            return {"output": model_peers.finish(model, problem, leaves).call().detach()}
-        return _results(model_peers.finish(model, problem, leaves), self.backward)
+            output = model_peers.finish(model, problem, leaves).call()
+            return {"output": output.detach().to("cpu", torch.float64)}
+        results = _results(model_peers.finish(model, problem, leaves), self.backward)
+        return {name: result.to("cpu", torch.float64) for name, result in results.items()}
 
 
 def _recording_reference(*arguments: Any) -> Tensor:

@@ -111,7 +111,21 @@ class AttentionWorkload(Workload):
             for name, tensor in problem.tensors.items()
         }
         doutput = None if problem.doutput is None else _some_heads("doutput", problem.doutput, problem)
-        return testing.truth_of(Problem(problem.case, tensors, problem.arguments, doutput))
+        chosen = Problem(problem.case, tensors, problem.arguments, doutput)
+        return where_it_fits(lambda device: testing.truth_of(chosen, device), self.device)
+
+
+def where_it_fits(truth: Callable[[torch.device], Truth], device: torch.device) -> Truth:
+    """The truth computed on `device`, or on the CPU (minutes for a large case) where float64 takes more memory than
+    there is.
+    """
+    try:
+        return truth(device)
+    except torch.OutOfMemoryError:
+        if device.type != "cuda":
+            raise
+    torch.cuda.empty_cache()  # what the attempt took; out of the handler, whose exception still holds it
+    return truth(torch.device("cpu"))
 
 
 def _some_heads(name: str, tensor: Tensor, problem: Problem) -> Tensor:
