@@ -23,6 +23,7 @@ def measure(device: torch.device, dtypes: tuple[str, ...], clock: CpuClock | Cud
     target = torch.empty_like(source)
     calls["copy"] = partial(target.copy_, source)
     calls["read"] = source.sum
-    best = {name: timing.least for name, timing in race(calls, clock, _BUDGET).items()}
+    timings, _ = race(calls, clock, _BUDGET)
+    best = {name: timing.least for name, timing in timings.items()}
     amount = {"copy": 2.0 * memory, "read": float(memory)}
     return {name: amount.get(name, 2.0 * size**3) / seconds for name, seconds in best.items()}

@@ -17,11 +17,12 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """CPU, instruction set, threads, GPU with clocks, versions and commit."""
+    """CPU, instruction set, threads, GPU, clocks of both, versions and commit."""
     found: dict[str, Any] = {
         "device": device.type,
         "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_clock_mhz": cpu_clock(),
         "threads": torch.get_num_threads(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "our_instruction_set": ops.cpu_instruction_sets()[1] if ops.library_error is None else None,
@@ -41,12 +42,19 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
+
+
+def cpu_clock() -> int | None:
+    """Of the fastest core at this moment, in MHz; None where the system does not say. Virtual ones show the nominal."""
+    return max((round(float(value)) for value in _cpuinfo("cpu MHz")), default=None)
+
+
+def _cpuinfo(field: str) -> list[str]:
+    """The field's value for every core (Linux)."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]
 
 
 def cache_bytes() -> int:

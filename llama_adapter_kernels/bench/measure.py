@@ -1,7 +1,8 @@
 """Times calls against each other, so that drift of the machine hits all of them alike.
 
-Every round times each contestant once, in an order shuffled by seed; the figures are medians over rounds. On a GPU
-every call runs on a flushed L2 cache, as a captured graph where it can be captured, between two events of its stream.
+Every round times each contestant once, in an order shuffled by seed; the figures are medians over rounds. Contestants
+many times slower than the fastest take part in every fourth round only. On a GPU every call runs on a flushed L2 cache,
+as a captured graph where it can be captured, between two events of its stream.
 """
 
 import ctypes
@@ -12,13 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from llama_adapter_kernels.bench import machine
+from llama_adapter_kernels.bench import machine, reasons
 
 Call = Callable[[], object]
 
@@ -35,11 +36,18 @@ class Budget:
 
 FULL = Budget(seconds=5.0, least_rounds=7, most_rounds=40)
 QUICK = Budget(seconds=1.0, least_rounds=5, most_rounds=15)
+_FEWEST_ROUNDS = 3
+_SLOW, _SLOW_EVERY = 5.0, 4  # times the fastest contestant; such a one takes part in every fourth round
+
+
+def share(budget: Budget, seconds_left: float, races_left: int) -> Budget:
+    """The budget of the next race where time is limited: half of its share, checks and compilation take the other."""
+    return replace(budget, seconds=min(budget.seconds, max(QUICK.seconds, seconds_left / races_left / 2)))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over `rounds` rounds of `repeats` calls each."""
+    """Seconds per call over `rounds` rounds of `repeats` calls each; note: what was different about this one."""
 
     median: float
     first_quartile: float
@@ -47,6 +55,7 @@ class Timing:
     least: float
     rounds: int
     repeats: int
+    note: str | None = None
 
     @property
     def spread(self) -> float:
@@ -54,9 +63,17 @@ class Timing:
         return (self.third_quartile - self.first_quartile) / self.median
 
 
-def summarize(samples: list[float], repeats: int) -> Timing:
+def summarize(samples: list[float], repeats: int, note: str | None = None) -> Timing:
     first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, first, third, min(samples), len(samples), repeats)
+    return Timing(median, first, third, min(samples), len(samples), repeats, note)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A call that is warm, in its fastest form; note: why it has no faster one."""
+
+    call: Call
+    note: str | None = None
 
 
 class Clock(Protocol):
@@ -64,7 +81,11 @@ class Clock(Protocol):
 
     method: str
 
-    def ready(self, call: Call) -> Call:
+    def begin(self) -> None:
+        """A race begins; nothing of the one before is in use any more."""
+        ...
+
+    def ready(self, call: Call) -> Ready:
         """Warms up; may return a faster form of the same call."""
         ...
 
@@ -82,14 +103,19 @@ class CpuClock:
 
     method = "wall clock; decode cases with flushed caches"
     shortest_sample = 2e-3
+    long_call = 0.5
 
     def __init__(self) -> None:
         self._flush = torch.empty(2 * machine.cache_bytes(), dtype=torch.uint8)
 
-    def ready(self, call: Call) -> Call:
+    def begin(self) -> None:
+        pass
+
+    def ready(self, call: Call) -> Ready:
         for _ in range(2):
-            call()
-        return call
+            if _wall_time(call, 1) > self.long_call:
+                break  # the check has run it too; over so long a call the first time does not show
+        return Ready(call)
 
     def sample(self, call: Call, repeats: int, cold: bool) -> float:
         if cold:
@@ -127,24 +153,31 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(2 * max(size, 64 << 20), dtype=torch.uint8, device=device)
+        self.begin()
 
-    def ready(self, call: Call) -> Call:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+    def begin(self) -> None:
+        # One pool for the graphs of a race: they are never replayed at the same time and keep no results.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def ready(self, call: Call) -> Ready:
+        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(stream)
         with torch.cuda.stream(side):  # capture wants its warm-up on a side stream
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(side)
+        stream.wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 call()
-        except RuntimeError:  # synchronises with the host or allocates outside of the graph's pool: time it as it is
+        except Exception as error:  # synchronises with the host or allocates outside of the pool: time it as it is
+            # A capture that ends badly leaves its stream the current one and its pool marked as being captured into.
+            torch.cuda.set_stream(stream)
             torch.cuda.synchronize()
-            return call
-        replay: Call = graph.replay
-        return replay
+            self._pool = torch.cuda.graph_pool_handle()
+            return Ready(call, f"not captured as a graph: {reasons.first_line(error.__context__ or error)}")
+        return Ready(graph.replay)
 
     def sample(self, call: Call, repeats: int, cold: bool) -> float:
         events = []
@@ -177,27 +210,44 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-def race(calls: dict[str, Call], clock: CpuClock | CudaClock, budget: Budget, cold: bool = False) -> dict[str, Timing]:
-    """Times the calls interleaved.
+def race(
+    calls: dict[str, Call], clock: CpuClock | CudaClock, budget: Budget, cold: bool = False
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times the calls interleaved; returns ({name: timing}, {name: why it could not be timed}).
 
     Args:
         calls: by name; each one is warmed up here.
         cold: flush the caches before every call (GPUs: always done).
     """
-    ready = {name: clock.ready(call) for name, call in calls.items()}
-    once = {name: clock.sample(call, 1, cold) for name, call in ready.items()}
-    repeats = {name: clock.repeats(seconds, cold) for name, seconds in once.items()}
+    clock.begin()
+    ready: dict[str, Ready] = {}
+    repeats: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    cost: dict[str, float] = {}  # seconds of one round
+    for name, call in calls.items():
+        try:
+            warm = clock.ready(call)
+            once = clock.sample(warm.call, 1, cold)
+        except Exception as error:  # out of memory beside the others, for one: the race goes on without it
+            failed[name] = reasons.first_line(error)
+            continue
+        ready[name], repeats[name] = warm, clock.repeats(once, cold)
+        cost[name] = once * repeats[name]
+    slow = {name for name, seconds in cost.items() if seconds > _SLOW * min(cost.values())}
     started = time.perf_counter()
     samples: dict[str, list[float]] = {name: [] for name in ready}
     order, shuffle = list(ready), random.Random(0)
     for done in range(budget.most_rounds):
         spent = time.perf_counter() - started
-        if (done >= budget.least_rounds and spent > budget.seconds) or (done >= 3 and spent > 4 * budget.seconds):
+        over = spent > budget.seconds and done >= budget.least_rounds
+        if over or (spent > 4 * budget.seconds and done >= _FEWEST_ROUNDS):
             break
         shuffle.shuffle(order)
         for name in order:
-            samples[name].append(clock.sample(ready[name], repeats[name], cold))
-    return {name: summarize(samples[name], repeats[name]) for name in ready}
+            if name not in slow or done < _FEWEST_ROUNDS or done % _SLOW_EVERY == 0:
+                samples[name].append(clock.sample(ready[name].call, repeats[name], cold))
+    timings = {name: summarize(samples[name], repeats[name], warm.note) for name, warm in ready.items()}
+    return timings, failed
 
 
 def _wall_time(call: Call, repeats: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 FORMAT = "llama-adapter-kernels benchmark"
 VERSION = 1
+CLOCKS = ("cpu_clock_mhz", "gpu_clocks_mhz")  # facts that move from run to run
 Status = Literal["timed", "wrong", "unavailable"]
 
 
@@ -20,7 +21,9 @@ class ResultError(ValueError):
 
 @dataclass
 class Measurement:
-    """One contestant in one race. Without a time: `status` says wrong or unavailable, and `reason` why."""
+    """One contestant in one race. Without a time: `status` says wrong or unavailable, and `reason` why. With one, `reason`
+    tells what was different about it: a call that could not be captured as a graph.
+    """
 
     case: str
     title: str
@@ -112,7 +115,7 @@ def merge(results: list[Results], names: list[str]) -> Results:
     for result, name in zip(others, names[1:], strict=True):
         for fact in sorted(first.machine.keys() | result.machine.keys()):
             mine, its = first.machine.get(fact), result.machine.get(fact)
-            if fact != "gpu_clocks_mhz" and mine != its:  # clocks move
+            if fact not in CLOCKS and mine != its:
                 raise ResultError(
                     f"{name}: {fact} is {its!r}, in {names[0]} it is {mine!r}; one report is of one machine"
                 )

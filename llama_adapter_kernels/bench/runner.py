@@ -1,6 +1,7 @@
 """Runs the races: every contestant is checked against the reference first, then those that are right are timed."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama_adapter_kernels.bench import ceilings, machine
+from llama_adapter_kernels.bench import ceilings, machine, reasons
 from llama_adapter_kernels.bench.cases import PREFIX_LENGTH, BenchCase, Mode
 from llama_adapter_kernels.bench.measure import Budget, CpuClock, CudaClock, clock_for, race
 from llama_adapter_kernels.bench.peer import Peer
@@ -79,7 +80,8 @@ def start(device: torch.device, budget: Budget, dtypes: tuple[str, ...], clock: 
     method = {"clock": clock.method, "order": "interleaved, shuffled every round", "figure": "median over rounds",
               "seconds_per_race": budget.seconds, "rounds": [budget.least_rounds, budget.most_rounds]}  # fmt: skip
     recorded = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return Results(machine.facts(device), method, ceilings.measure(device, dtypes, clock), recorded)
+    rates = ceilings.measure(device, dtypes, clock)
+    return Results(machine.facts(device), method, rates, recorded)  # facts after work: an idle machine's clocks are low
 
 
 def run(
@@ -106,10 +108,12 @@ def run_race(
         call = admit(workload, peer, entry)
         if call is not None:
             calls[peer.name] = call
-    timings = race(calls, clock, budget, workload.case.cold) if calls else {}
+    timings, failed = race(calls, clock, budget, workload.case.cold)
+    for name, reason in failed.items():
+        found[name].reason = reason
     for name, timing in timings.items():
         entry = found[name]
-        entry.status = "timed"
+        entry.status, entry.reason = "timed", timing.note
         entry.median, entry.quartiles = timing.median, (timing.first_quartile, timing.third_quartile)
         entry.rounds, entry.repeats = timing.rounds, timing.repeats
         entry.peak_memory = clock.peak_memory(calls[name])
@@ -122,13 +126,14 @@ def admit(workload: Workload, peer: Peer[Any], entry: Measurement) -> Callable[[
     if reason is not None:
         entry.reason = reason
         return None
-    try:
-        prepared = workload.prepare(peer)
-        deviations = workload.check(peer, prepared)
-    except Exception as error:  # a foreign library's reason, whatever its type
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        entry.reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-        return None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            prepared = workload.prepare(peer)
+            deviations = workload.check(peer, prepared)
+        except Exception as error:  # a foreign library's reason, whatever its type
+            entry.reason = reasons.why(error, [str(warning.message) for warning in said])
+            return None
     wrong = [str(deviation) for deviation in deviations if not _equal(deviation, peer, workload)]
     if wrong:
         entry.status, entry.reason = "wrong", "differs from the reference: " + "; ".join(wrong)
