@@ -100,7 +100,8 @@ def _rows_reason(problem: Problem, backward: bool) -> str | None:
 def _prepare_eager(problem: Problem, backward: bool) -> Prepared:
     """Prefix and words in one matrix of scores, as LLaMA-Adapter's published model code computes it.
 
-    The two parts get a float32 softmax each, the prefix part its gate, and one product with the values follows.
+    The two parts get a float32 softmax each, rounded to the inputs' dtype, the prefix part its gate, and one product with
+    the values follows.
     """
     tensors = leaves(problem)
     attn_mask, is_causal = sdpa_mask(problem)
@@ -123,7 +124,7 @@ def _prepare_eager(problem: Problem, backward: bool) -> Prepared:
         words = scores[..., slots:] if bias is None else scores[..., slots:] + bias
         prefix_part = torch.softmax(scores[..., :slots], dim=-1, dtype=torch.float32)
         parts = (gate[:, None, None] * prefix_part, torch.softmax(words, dim=-1, dtype=torch.float32))
-        return torch.matmul(torch.cat(parts, dim=-1).to(query.dtype), values)
+        return torch.matmul(torch.cat([part.to(query.dtype) for part in parts], dim=-1), values)
 
     return Prepared(call, tensors, problem.doutput)
 
@@ -138,11 +139,7 @@ def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
     ends = problem.arguments.get("key_end")
     if not backward:  # its CPU kernel refuses inputs that require a gradient, even where none is recorded
         query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-    prefix_key, prefix_value = (
-        (tensor if backward else tensor.detach()).expand(batch, -1, -1, -1).contiguous()
-        for tensor in (tensors["prefix_key"], tensors["prefix_value"])
-    )
-    compiled = torch.compile(flex_attention, dynamic=False)
+    prefix = [tensors[name] if backward else tensors[name].detach() for name in ("prefix_key", "prefix_value")]
     block_mask = None
     if ends is not None:
         block_mask = create_block_mask(
@@ -153,10 +150,21 @@ def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
             lambda b, h, q, k: q >= k, None, None, case.seq_q, case.seq_k, device=query.device
         )
 
+    def both(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> tuple[Tensor, Tensor]:
+        words = flex_attention(query, key, value, block_mask=block_mask, scale=case.scale, enable_gqa=grouped)
+        expanded = (tensor.expand(batch, -1, -1, -1).contiguous() for tensor in prefix)
+        return words, flex_attention(query, *expanded, scale=case.scale, enable_gqa=grouped)
+
+    # Every shape is a compilation of the same function. After eight of them torch runs it uncompiled, with nothing but a
+    # warning: forget those of earlier races, and fail where it still happens.
+    torch.compiler.reset()
+    compiled = torch.compile(both, dynamic=False, fullgraph=True)
+
     def call() -> Tensor:
-        words = compiled(query, key, value, block_mask=block_mask, scale=case.scale, enable_gqa=grouped)
-        prefix = compiled(query, prefix_key, prefix_value, scale=case.scale, enable_gqa=grouped)
-        return torch.addcmul(words, gate.to(words.dtype)[:, None, None], prefix)
+        words, adapted = compiled(
+            query, key, value, *prefix
+        )  # some of its CPU kernels refuse what follows as an epilogue
+        return torch.addcmul(words, gate.to(words.dtype)[:, None, None], adapted)
 
     return Prepared(call, tensors, problem.doutput)
 
@@ -173,7 +181,7 @@ def _prepare_ours_decode(backend: str, problem: Problem, backward: bool) -> Prep
     return Prepared(call, leaves(problem), problem.doutput)
 
 
-def _sdpa_reason(backend: str, problem: Problem, backward: bool) -> str | None:
+def sdpa_reason(backend: str, problem: Problem, backward: bool) -> str | None:
     query = problem.tensors["query"]
     assert query is not None
     if query.device.type == "cpu" and backend == "flash":
@@ -191,16 +199,28 @@ def _flex_reason(problem: Problem, backward: bool) -> str | None:
     return None
 
 
+def flex_on_gpu_reason(problem: Problem, backward: bool) -> str | None:
+    query = problem.tensors["query"]
+    assert query is not None
+    if query.device.type == "cpu":
+        return "compiled anew for every shape, half a minute on a CPU; there it takes part in whole-sequence cases"
+    return None
+
+
 def _ours_reason(backend: str, problem: Problem, backward: bool) -> str | None:
     query = problem.tensors["query"]
     assert query is not None
     return backends.unavailable_reason(backend, query.device) or backends.unsupported_reason(backend, query)
 
 
+def _kind(backend: str) -> str:
+    return "definition" if backend == "reference" else "fused"
+
+
 def ours(prepare: Callable[[str, Problem, bool], Prepared]) -> list[Peer[Problem]]:
     """Every backend of this package, with the prefix and without."""
     return [
-        Peer(f"ours-{backend}{'' if prefix else '-p0'}", f"fused ({backend}{'' if prefix else ', no prefix'})",
+        Peer(f"ours-{backend}{'' if prefix else '-p0'}", f"{_kind(backend)} ({backend}{'' if prefix else ', no prefix'})",
              partial(prepare, backend), prefix=prefix, ours=True, quick=backend != "reference",
              reason=partial(_ours_reason, backend))
         for backend in backends.BACKENDS for prefix in (True, False)
@@ -212,7 +232,7 @@ _SDPA: list[Peer[Problem]] = [
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_sdpa, None), quick=True),
     *(
         Peer(f"two-sdpa-{name}", f"two SDPA calls ({name})", partial(_prepare_sdpa, backend),
-             reason=partial(_sdpa_reason, name))
+             reason=partial(sdpa_reason, name))
         for name, backend in SDPA_BACKENDS.items()
     ),
 ]  # fmt: skip
@@ -226,6 +246,9 @@ _ROWS: list[Peer[Problem]] = [
     Peer("two-sdpa-rows", "two SDPA calls, group as rows", partial(_prepare_sdpa_rows, True), quick=True,
          reason=_rows_reason),
 ]  # fmt: skip
-DECODE = [*_SDPA, *_ROWS, *_EAGER, *ours(_prepare_ours_decode)]
+DECODE = [*_SDPA, *_ROWS, *_EAGER,
+          Peer("flex", "flex_attention twice", _prepare_flex, reason=flex_on_gpu_reason),
+          *ours(_prepare_ours_decode)]  # fmt: skip
 
-__all__ = ["ATTENTION", "DECODE", "leaves", "ours", "prepare_ours", "sdpa_mask", "two_calls"]
+__all__ = ["ATTENTION", "DECODE", "SDPA_BACKENDS", "flex_on_gpu_reason", "leaves", "ours", "prepare_ours", "sdpa_mask",
+           "sdpa_reason", "two_calls"]  # fmt: skip

@@ -40,9 +40,11 @@ class Prompt(torch.nn.Module):
 def _hook(attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
           scaling: float, **more: Any) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface around one form of the operation."""
-    adapter: Prompt = module.bench_prompt
-    prefix_key, prefix_value = adapter.keys_and_values(module)
-    gate = adapter.gate.expand(query.shape[1])
+    adapter: Prompt | None = getattr(module, "bench_prompt", None)
+    prefix_key = prefix_value = gate = None
+    if adapter is not None:
+        prefix_key, prefix_value = adapter.keys_and_values(module)
+        gate = adapter.gate.expand(query.shape[1])
     is_causal = attention_mask is None and query.shape[2] > 1
     output = attention(query, key, value, prefix_key, prefix_value, gate, attention_mask, is_causal, scaling, more)
     return output.transpose(1, 2), None
@@ -66,8 +68,9 @@ def two_sdpa(*arguments: Any) -> Tensor:
 
 @cache
 def ours(backend: str) -> Attention:
-    def attention(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor,
-                  attn_mask: Tensor | None, is_causal: bool, scale: float, more: dict[str, Any]) -> Tensor:  # fmt: skip
+    def attention(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None,
+                  gate: Tensor | None, attn_mask: Tensor | None, is_causal: bool, scale: float,
+                  more: dict[str, Any]) -> Tensor:  # fmt: skip
         if more.get("cu_seq_lens_q") is None:
             return zero_gate_attention(query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal,
                                        scale=scale, attn_mask=attn_mask, backend=backend)  # fmt: skip
@@ -97,7 +100,7 @@ def _prepare_plain(problem: ModelProblem, backward: bool) -> Prepared:
 
 def _prepare_hook(name: str, attention: Attention, packed: bool, problem: ModelProblem, backward: bool) -> Prepared:
     model = build_model(problem, register(f"bench-{name}", attention))
-    return finish(model, problem, attach(model, problem), packed)
+    return finish(model, problem, attach(model, problem) if problem.prefix else {}, packed)
 
 
 def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
@@ -204,9 +207,16 @@ MODEL: list[Peer[ModelProblem]] = [
         for packed in (False, True)
     ),
     *(
-        Peer(f"ours-{backend}{'-packed' if packed else ''}", f"fused ({backend}{', packed' if packed else ''})",
+        Peer(f"ours-{backend}{'-packed' if packed else ''}",
+             f"{'definition' if backend == 'reference' else 'fused'} ({backend}{', packed' if packed else ''})",
              partial(_prepare_hook, f"ours-{backend}", ours(backend), packed), ours=True, quick=backend != "reference",
              reason=partial(_ours_reason, backend, packed))
         for packed in (False, True) for backend in backends.BACKENDS if not (packed and backend == "reference")
+    ),
+    *(
+        Peer(f"ours-{backend}-p0", f"fused ({backend}, no prefix)",
+             partial(_prepare_hook, f"ours-{backend}", ours(backend), False), prefix=False, ours=True,
+             reason=partial(_ours_reason, backend, False))
+        for backend in backends.BACKENDS if backend != "reference"
     ),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Contestants compute what the reference does; one that does not is reported as wrong and never timed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,25 @@ def test_model_contestants(kind: str) -> None:
             call()
 
 
+def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles one function for so many shapes, then runs it uncompiled: the tenth race once timed that."""
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compilations.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=backend, **options))
+    flex = {peer.name: peer for peer in attention_peers.ATTENTION}["flex"]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in (16, 17, 18, 19):
+            problem = testing.make_problem(testing.Case(batch=1, seq_q=length, seq_k=length))
+            with torch.no_grad():
+                flex.prepare(problem, False).call()
+    assert len(compilations) == 4
+
+
 def wrong_peer(problem: testing.Problem, backward: bool) -> Prepared:
     right = attention_peers.ATTENTION[1].prepare(problem, backward)
 
@@ -115,5 +135,17 @@ def test_every_issue_contestant_is_there() -> None:
     names = {peer.name for peer in attention_peers.ATTENTION}
     assert {"sdpa", "eager", "flex", *(f"two-sdpa-{b}" for b in ("flash", "cudnn", "efficient", "math"))} <= names
     assert {"ours-cpu", "ours-cpu-p0", "ours-cuda", "ours-triton", "ours-reference-p0"} <= names
-    assert {"two-varlen", "two-sdpa-512"} <= {peer.name for peer in packed_peers.PACKED}
-    assert "peft" in {peer.name for peer in model_peers.MODEL}
+    packed = {peer.name for peer in packed_peers.PACKED}
+    assert {"two-varlen", "two-sdpa-512", "flex", *(f"two-sdpa-{b}" for b in attention_peers.SDPA_BACKENDS)} <= packed
+    assert {"sdpa", "two-sdpa", "eager", "flex", "ours-cpu-p0"} <= {peer.name for peer in attention_peers.DECODE}
+    assert {"peft", "ours-cpu", "ours-cpu-p0", "ours-cuda-p0"} <= {peer.name for peer in model_peers.MODEL}
+
+
+def test_who_cannot_run_here_says_why() -> None:
+    for kind in SMALL:
+        workload = make_workload(SMALL[kind], "forward", "float32", CPU)
+        reasons = {peer.name: workload.reason(peer) for peer in workload.peers}
+        for name in ("two-sdpa-flash", "two-sdpa-cudnn", "two-sdpa-efficient", "ours-cuda"):
+            assert reasons[name], (kind, name)
+        assert not reasons["two-sdpa"], kind
+        assert not reasons["ours-cpu"], kind
