@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from llama_adapter_kernels.bench.runner import Plan
 
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")]
-Peers = Annotated[list[str] | None, typer.Option("--peer", help="Only this contestant; may be repeated.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Only this contestant; may be repeated. Ratios need sdpa and two-sdpa among them."),
+]
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="Only this dtype; may be repeated.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 _DTYPES = ("float32", "bfloat16")
@@ -27,15 +30,26 @@ def bench(
     peer: Peers = None,
     dtype: Dtypes = None,
     device: Device = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases, contestants and rounds.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Fewer cases, contestants and rounds: minutes instead of a quarter of an hour."),
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Result file, or a folder for bench-<device>[-quick].json.")
+        Path | None,
+        typer.Option(help="Keep the figures in this .json file, or in a folder as bench-<device>[-quick].json."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the result file has, run the rest.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Start no race after so many minutes.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Share so many minutes among the races, start none after them.", min=0.1)
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="List cases and contestants, run nothing.")] = False,
 ) -> None:
-    """Time attention with an adapter against what one would write without this package."""
+    """Time attention with an adapter against what one would write without this package.
+
+    Every contestant is checked against the float64 reference before it is timed.
+    Ratios are over two SDPA calls and over plain SDPA; who could not run is listed with the reason.
+    --list shows the names of cases and contestants; `llama-adapter bench-report` makes a page of what --output keeps.
+    """
     from rich.console import Console
 
     from llama_adapter_kernels.bench import results, runner, tables
@@ -60,11 +74,15 @@ def bench(
         done = set(earlier.races())
         plans = [item for item in plans if (item.case.name, item.mode, item.dtype) not in done]
         found = earlier
-    _run(plans, place, found, path, budget, clock, peer, quick, minutes)
+    left = _run(plans, place, found, path, budget, clock, peer, quick, minutes)
     console = Console(width=None if Console().is_terminal else 150)
-    console.print(tables.terminal_table(found))
-    for line in tables.not_timed(found):
+    if any(entry.median is not None for entry in found.measurements):
+        console.print(tables.terminal_table(found, console.width))
+    for line in tables.remarks(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if left:
+        further = f"`--resume --output {path}` runs them" if path is not None else "no --minutes runs all"
+        typer.echo(f"time was over before {len(left)} races ({', '.join(item.name for item in left)}): {further}")
     if path is not None:
         typer.echo(f"written: {path}")
     if any(entry.status == "wrong" for entry in found.measurements):
@@ -88,8 +106,8 @@ def bench_report(
     for path in report.write(merged, output):
         typer.echo(f"written: {path}")
     if readme is not None:
-        names = [path.resolve().relative_to(readme.resolve().parent).as_posix() for path in files]
         try:
+            names = [path.resolve().relative_to(readme.resolve().parent).as_posix() for path in files]
             text = tables.insert_in_readme(readme.read_text(), tables.readme_table(merged), names)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
@@ -103,43 +121,49 @@ def bench_check(
     record: Annotated[bool, typer.Option("--record", help="Write the bars of this machine instead.")] = False,
     attempts: Annotated[int, typer.Option(min=1, help="Runs of a race below its bar; the best counts.")] = 3,
 ) -> None:
-    """Fail when a speed-up over two SDPA calls fell more than 15% below its recorded bar."""
-    from llama_adapter_kernels.bench import analysis, regression, results, runner
-    from llama_adapter_kernels.bench.measure import QUICK
+    """Fail when a speed-up over two SDPA calls fell more than 15% below its recorded bar.
+
+    Bars belong to a processor, its number of threads and its instruction set.
+    Where there are none: --record, on a quiet machine, with kernels that are known to be good.
+    """
+    from llama_adapter_kernels.bench import analysis, machine, measure, regression, results, tables
 
     place = _device(device)
-    clock = runner.clock_for(place)
-    found = runner.start(place, QUICK, _DTYPES, clock)
+    found = results.Results(machine.facts(place), {}, {}, "")
     name = regression.processor(found)
+    plans = _plans(place, None, None, None, quick=True)
     try:
-        wanted = {} if record else regression.load_bars(bars, name)
+        wanted = {item.name: 0.0 for item in plans} if record else regression.load_bars(bars, name)
     except results.ResultError as error:
         raise UserError(str(error)) from error
-    plans = _plans(place, None, None, None, quick=True)
-    if not record:
-        plans = [item for item in plans if item.name in wanted]
+    for item in plans:
+        if item.name not in wanted:
+            typer.echo(f"no bar for {item.name}: not checked")
+    open_races = [item for item in plans if item.name in wanted]
+    clock = measure.clock_for(place)
     ratios: dict[str, float] = {}
-    for attempt in range(attempts):
-        if attempt and not record:
-            plans = [
-                item for item in plans if not regression.Verdict(item.name, wanted[item.name], ratios.get(item.name)).ok
-            ]
+    for _ in range(attempts):
+        if not open_races:
+            break
         found.measurements.clear()
-        _run(plans, place, found, None, QUICK, clock, None, True, None)
+        _run(open_races, place, found, None, measure.QUICK, clock, None, True, None)
         for race, ratio in analysis.speedups(found).items():
             # A bar is what the machine reaches in its worst run of several, a check counts the best one.
             best = min if record else max
             ratios[race] = best(ratio, ratios.get(race, ratio))
-        if not plans:
-            break
+        if not record:
+            lost = {verdict.race for verdict in regression.judge(wanted, ratios) if not verdict.ok}
+            open_races = [item for item in open_races if item.name in lost]
+    verdicts = regression.judge(wanted, ratios)
     if record:
         regression.record_bars(bars, name, ratios)
         typer.echo(f"written: {bars} ({len(ratios)} races on {name})")
-        return
-    verdicts = regression.judge(wanted, ratios)
     for verdict in verdicts:
-        typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}")
+        if not record or not verdict.ok:
+            typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}" if not record else f"no bar for {verdict.race}")
     if not all(verdict.ok for verdict in verdicts):
+        for line in tables.remarks(found):
+            typer.echo(line)
         raise typer.Exit(1)
 
 
@@ -166,7 +190,18 @@ def _plans(
         runner.check_peers(peer, place)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return runner.plan(chosen, place, dtype)
+    plans = runner.plan(chosen, place, dtype)
+    if not plans:
+        offered = "; ".join(f"{item.name}: {', '.join(item.dtypes)}" for item in chosen)
+        raise UserError(f"dtype: no case has {', '.join(dtype or ())} on {place.type} ({offered})")
+    if not peer:
+        return plans
+    with_one = [item for item in plans if any(contestant.name in peer for contestant in runner.peers_of(item.case))]
+    if not with_one:
+        names = dict.fromkeys(contestant.name for item in plans for contestant in runner.peers_of(item.case))
+        where = ", ".join(dict.fromkeys(item.case.name for item in plans))
+        raise UserError(f"peer: expected for {where} one of {', '.join(names)}; got {', '.join(peer)}")
+    return with_one
 
 
 def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Path | None:
@@ -179,26 +214,29 @@ def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Pat
 
 def _run(plans: "list[Plan]", place: "torch.device", found: "Results", path: Path | None, budget: "Budget",
          clock: "CpuClock | CudaClock",
-         peers: list[str] | None, quick: bool, minutes: float | None) -> None:  # fmt: skip
-    """Runs the races with a progress bar; the file is written after each one."""
+         peers: list[str] | None, quick: bool, minutes: float | None) -> "list[Plan]":  # fmt: skip
+    """Runs the races with a progress bar; the file is written after each one. Returns those that time did not allow."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from llama_adapter_kernels.bench import runner
+    from llama_adapter_kernels.bench import measure, runner
 
-    started = time.monotonic()
+    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(plans))
-        for item in plans:
-            if minutes is not None and time.monotonic() - started > 60 * minutes:
-                break
+        for number, item in enumerate(plans):
+            seconds_left = end - time.monotonic()
+            if seconds_left <= 0:
+                return plans[number:]
+            share = measure.share(budget, seconds_left, len(plans) - number)
             progress.update(task, description=item.name)
-            for entries in runner.run([item], place, budget, clock, peers, quick):
+            for entries in runner.run([item], place, share, clock, peers, quick):
                 found.measurements += entries
             if path is not None:
                 found.save(path)
             progress.advance(task)
+    return []
 
 
 def _list(place: "torch.device") -> None:

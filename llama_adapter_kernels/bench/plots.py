@@ -3,10 +3,11 @@
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from llama_adapter_kernels.bench import analysis
+from llama_adapter_kernels.bench import analysis, tables
 from llama_adapter_kernels.bench.results import Measurement, Results
 
 FUSED, TWO, EAGER, PLAIN, OTHER = "#0b6e4f", "#d1812c", "#8c6bb1", "#5b6770", "#b0b7bd"
@@ -152,6 +153,8 @@ def roofline(results: Results) -> Figure | None:
     if not points or memory_ceiling is None:
         return None
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry.dtype == dtype for entry in points)]
+    fastest = max(analysis.compute_ceiling(results.ceilings, dtype) or 1.0 for dtype in dtypes)
+    unit, unit_name = (1e12, "TFLOP/s") if fastest > 1e13 else (1e9, "GFLOP/s")
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     columns = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for axes, dtype in zip(columns, dtypes, strict=True):
@@ -161,32 +164,44 @@ def roofline(results: Results) -> Figure | None:
         corner = gemm / memory_ceiling
         low, high = min(*intensities, corner) / 4, max(*intensities, corner) * 2
         middle = (low * corner) ** 0.5
-        axes.plot([low, corner, high], [low * memory_ceiling / 1e9, gemm / 1e9, gemm / 1e9], color="black", linewidth=1)
+        roof = (low * memory_ceiling / unit, gemm / unit, gemm / unit)
+        axes.plot([low, corner, high], roof, color="black", linewidth=1)
         axes.annotate(
-            f"matrix product {gemm / 1e9:.0f} GFLOP/s", (high, gemm / 1e9), (0, 4), ha="right",
+            f"matrix product {tables.rate(gemm, 'FLOP/s')}", (high, gemm / unit), (0, 4), ha="right",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
         axes.annotate(
-            f"memory {memory_ceiling / 1e9:.1f} GB/s", (middle, middle * memory_ceiling / 1e9), (-6, 6),
+            f"memory {tables.rate(memory_ceiling, 'B/s')}", (middle, middle * memory_ceiling / unit), (-6, 6),
             textcoords="offset points", fontsize=8, ha="right",
         )  # fmt: skip
         seen: set[tuple[str, str]] = set()
         for entry, intensity in zip(chosen, intensities, strict=True):
             colour, name = _kind(entry)
             label = f"{name}, {entry.question}"
-            axes.scatter(intensity, analysis.rates(entry, results.ceilings).flops / 1e9, 34, colour, alpha=0.85,
+            axes.scatter(intensity, analysis.rates(entry, results.ceilings).flops / unit, 34, colour, alpha=0.85,
                          marker=_MARKERS[entry.question], linewidths=0,
                          label=None if (name, entry.question) in seen else label)  # fmt: skip
             seen.add((name, entry.question))
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_log_ticks(axes.xaxis, low, high)
+        _plain_log_ticks(axes.yaxis, low * memory_ceiling, gemm)
         axes.set_xlabel("work per memory traffic (FLOP / byte)")
         axes.set_title(dtype, loc="left", fontweight="bold")
         axes.grid(which="both", alpha=0.2)
-    columns[0].set_ylabel("GFLOP/s")
+    columns[0].set_ylabel(f"work per second ({unit_name})")
     handles, labels = columns[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Numbers as one reads them (0.1, 20, 500) on a logarithmic axis that spans less than one decade or five of them: never
+    one tick alone, never all in one another's way.
+    """
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _mebibytes(value: float) -> str:
@@ -195,12 +210,17 @@ def _mebibytes(value: float) -> str:
 
 def memory(results: Results) -> Figure | None:
     """Peak memory of one call on top of its inputs."""
-    rows = [row for row in _rows(results) if any(entry.peak_memory is not None for entry in row[2].values())]
+    contestants = {"fused": (FUSED, analysis.fused), "two SDPA calls": (TWO, analysis.two_sdpa),
+                   "eager / PEFT": (EAGER, analysis.eager)}  # fmt: skip
+
+    def shown(race: analysis.Race) -> bool:
+        picked = (pick(race) for _, pick in contestants.values())
+        return any(entry is not None and entry.peak_memory is not None for entry in picked)
+
+    rows = [row for row in _rows(results) if shown(row[2])]
     if not rows:
         return None
     figure, panels = _panels(rows, 3)
-    contestants = {"fused": (FUSED, analysis.fused), "two SDPA calls": (TWO, analysis.two_sdpa),
-                   "eager / PEFT": (EAGER, analysis.eager)}  # fmt: skip
     for mode, axes in panels:
         chosen = [row for row in rows if row[1] == mode]
         series: dict[str, tuple[str, list[float | None]]] = {}
@@ -210,12 +230,9 @@ def memory(results: Results) -> Figure | None:
             series[name] = (colour, [None if peak is None else max(peak / 2**20, 0.01) for peak in peaks])
         _bars(axes, [label for label, _, _ in chosen], series, _mebibytes)
         axes.set_xscale("log")
-        # A panel spans less than one decade or five of them: never one tick alone, never all in one another's way.
         peaks_shown = [peak for _, peaks in series.values() for peak in peaks if peak is not None]
         axes.set_xlim(left=min(peaks_shown) / 3)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(peaks_shown) > 1000 * min(peaks_shown) else (1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _plain_log_ticks(axes.xaxis, min(peaks_shown), max(peaks_shown))
         axes.margins(x=0.1)
         axes.set_title(_LABELS[mode], loc="left", fontweight="bold")
         axes.set_xlabel("peak memory on top of the inputs (MiB, less is better)")

@@ -31,7 +31,8 @@ def load_bars(path: Path, results_processor: str) -> dict[str, float]:
     if bars is None:
         known = "; ".join(document["bars"]) or "none"
         raise ResultError(
-            f"{path}: no bars for {results_processor} (there are: {known}); `bench-check --record` adds them"
+            f"{path}: no bars for {results_processor}; there are bars for: {known}. To record them, on a quiet machine and "
+            f"with kernels that are known to be good: llama-adapter bench-check --bars {path} --record"
         )
     return bars
 
@@ -68,7 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ResultError(f"{path}: no such file") from None
+        raise ResultError(f"{path}: no such file; llama-adapter bench-check --bars {path} --record makes it") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ResultError(f"{path}: not JSON: {error}") from error
     if (

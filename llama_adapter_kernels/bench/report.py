@@ -75,7 +75,7 @@ def page(results: Results, figures: dict[str, str]) -> str:
     template = environment.get_template("report.html.jinja")
     return template.render(
         columns=tables.COLUMNS, races=races, ceilings=ceilings, machine=_machine(results), method=results.method,
-        recorded=results.recorded, not_timed=tables.not_timed(results), summary=_summary(results),
+        recorded=results.recorded, remarks=tables.remarks(results), summary=_summary(results),
         figures=[(*_CAPTIONS[name], svg) for name, svg in figures.items()],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llama_adapter_kernels.bench import analysis
@@ -43,8 +44,11 @@ def share(value: float | None) -> str:
     return "" if value is None else f" ({value:.0%})"
 
 
-COLUMNS = ("contestant", "time", "spread", "over two SDPA", "over plain", "compute (of GEMM)", "memory (of copy)",
+COLUMNS = ("contestant", "time", "spread", "over two SDPA", "over plain", "compute (of GEMM)", "memory (of copy/read)",
            "peak memory")  # fmt: skip
+# What a narrower terminal leaves out, the first of them first; the result file and the report have everything.
+_DISPENSABLE = ("memory (of copy/read)", "compute (of GEMM)", "peak memory", "spread")
+_NARROWEST_CONTESTANT = 28  # characters; longer names are continued on the next line
 
 
 def row(entry: Measurement, race: analysis.Race, results: Results) -> tuple[str, ...]:
@@ -65,31 +69,69 @@ def row(entry: Measurement, race: analysis.Race, results: Results) -> tuple[str,
     )
 
 
-def terminal_table(results: Results) -> Table:
-    """Every timed contestant of every race. Ratios above 1 are faster."""
-    table = Table(title="Medians; spread is the interquartile range; ratios above 1x are faster")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0)
-    for (_, mode, dtype), race in results.races().items():
+def terminal_table(results: Results, width: int) -> Table:
+    """Every timed contestant of every race, in so many columns as `width` characters hold. Ratios above 1 are faster."""
+    races = {race: [(entry, row(entry, entries, results)) for entry in analysis.timed(entries).values()]
+             for race, entries in results.races().items()}  # fmt: skip
+    shown = _columns_that_fit([cells for rows in races.values() for _, cells in rows], width)
+    table = Table(title=_caption(shown), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        first = column == COLUMNS[0]
+        table.add_column(_heading(column), justify="left" if first else "right", no_wrap=not first)
+    for (name, mode, dtype), rows in races.items():
+        if not rows:
+            continue
+        title = next(iter(results.races()[name, mode, dtype].values())).title
         table.add_section()
-        first = next(iter(race.values()))
-        table.add_row(f"[bold]{first.title}, {mode}, {dtype}[/bold]")
-        for entry in analysis.timed(race).values():
-            table.add_row(*row(entry, race, results), style="cyan" if entry.ours else None)
+        table.add_row(f"[bold]{title}, {mode}, {dtype}[/bold]")
+        for entry, cells in rows:
+            values = dict(zip(COLUMNS, cells, strict=True))
+            table.add_row(*(values[column] for column in shown), style="cyan" if entry.ours else None)
     return table
 
 
-def not_timed(results: Results) -> list[str]:
-    """One line per contestant and reason, with the races it holds for; wrong results first."""
-    found: dict[tuple[bool, str, str], list[str]] = {}
+def _columns_that_fit(rows: list[tuple[str, ...]], width: int) -> list[str]:
+    widths = {
+        column: max([*(len(cells[number]) for cells in rows), *(len(line) for line in _heading(column).splitlines())])
+        for number, column in enumerate(COLUMNS)
+    }
+    widths[COLUMNS[0]] = min(widths[COLUMNS[0]], _NARROWEST_CONTESTANT)
+    shown = list(COLUMNS)
+    for column in _DISPENSABLE:
+        if sum(widths[name] + 2 for name in shown) <= width:
+            break
+        shown.remove(column)
+    return shown
+
+
+def _heading(column: str) -> str:
+    """In two lines where there is a second word."""
+    return column.replace(" (", "\n(").replace("over ", "over\n").replace("peak ", "peak\n")
+
+
+def _caption(shown: list[str]) -> str:
+    text = "Medians; ratios above 1x are faster"
+    text += "; spread: interquartile range over the median" if "spread" in shown else ""
+    missing = [column for column in COLUMNS if column not in shown]
+    return text + (f"\n(a wider terminal shows also: {', '.join(missing)})" if missing else "")
+
+
+_REMARKS = {"wrong": "WRONG, not timed", "unavailable": "not run", "timed": "timed all the same"}
+
+
+def remarks(results: Results) -> list[str]:
+    """One line per contestant and reason, with the races it holds for: wrong results first, then those that did not run,
+    then those that ran in another way than the rest.
+    """
+    found: dict[tuple[int, str, str], list[str]] = {}
     for entry in results.measurements:
-        if entry.status != "timed":
-            key = (entry.status != "wrong", entry.peer, entry.reason or "")
+        if entry.reason is not None:
+            key = (list(_REMARKS).index(entry.status), entry.peer, entry.reason)
             found.setdefault(key, []).append(" ".join(entry.race))
     races = len(results.races())
     return [
-        f"{'not run' if right else 'WRONG'}: {peer} ({'every race' if len(where) == races else _some(where)}): {reason}"
-        for (right, peer, reason), where in sorted(found.items())
+        f"{list(_REMARKS.values())[kind]}: {peer} ({'every race' if len(where) == races else _some(where)}): {reason}"
+        for (kind, peer, reason), where in sorted(found.items())
     ]
 
 

@@ -1,12 +1,14 @@
 """Result files, tables, the regression check and the report, on made-up measurements."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from llama_adapter_kernels.bench import analysis, regression, results, tables
+from llama_adapter_kernels.bench import analysis, regression, report, results, tables
 from llama_adapter_kernels.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,51 @@ def test_report_is_one_file_with_every_plot(tmp_path: Path) -> None:
     assert "not run: ours-cuda" in page
     for name in ("speedup", "length", "roofline", "memory"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("peers", [("sdpa",), ("eager",), ("ours-cpu",), ("two-sdpa", "ours-cpu")])
+@pytest.mark.parametrize("ceilings", [{}, {"gemm_float32": 8e14, "copy": 3e12}])
+def test_report_of_few_contestants(tmp_path: Path, peers: tuple[str, ...], ceilings: dict) -> None:
+    few = example()
+    few.ceilings = ceilings
+    few.measurements = [entry for entry in few.measurements if entry.peer in peers]
+    assert (tmp_path / "report.html") in report.write(few, tmp_path)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_terminal_table_fits(width: int) -> None:
+    """No cell is cut: what does not fit is left out as a column, and said to be."""
+    shown = example()
+    for entry in shown.measurements:
+        entry.label = {"two-sdpa": "two SDPA calls, padded to the longest"}.get(entry.peer, entry.peer)
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(tables.terminal_table(shown, width))
+    text = console.export_text()
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    for needed in ("ours-cpu", "4.00 ms", "2.50x", "2.00x", "longest", "LLaMA-7B", "float32"):
+        assert needed in text, needed
+    assert ("FLOP/s" in text) == (width > 80)
+    assert ("a wider terminal shows also" in text) == (width < 160)
+
+
+def test_remarks() -> None:
+    found = example()
+    found.measurements[0].reason = "not captured as a graph: it synchronises"
+    found.measurements[1].status, found.measurements[1].reason = "wrong", "differs"
+    assert tables.remarks(found) == [
+        "WRONG, not timed: two-sdpa (llama-7b forward float32): differs",
+        "not run: ours-cuda (llama-7b forward float32): no",
+        "timed all the same: sdpa (llama-7b forward float32): not captured as a graph: it synchronises",
+    ]
+
+
+def test_clocks_may_differ_between_files() -> None:
+    first, second = example(), example()
+    second.machine = second.machine | {"cpu_clock_mhz": 3000, "gpu_clocks_mhz": {"clocks.sm": "1980"}}
+    for entry in second.measurements:
+        entry.case += "-other"
+    assert len(results.merge([first, second], ["a", "b"]).races()) == 2 * len(first.races())
 
 
 def test_readme_block() -> None:
