@@ -141,26 +141,26 @@ def bench_check(
             typer.echo(f"no bar for {item.name}: not checked")
     open_races = [item for item in plans if item.name in wanted]
     clock = measure.clock_for(place)
-    ratios: dict[str, float] = {}
+    runs: dict[str, list[float]] = {}
     for _ in range(attempts):
         if not open_races:
             break
         found.measurements.clear()
         _run(open_races, place, found, None, measure.QUICK, clock, None, True, None)
         for race, ratio in analysis.speedups(found).items():
-            # A bar is what the machine reaches in its worst run of several, a check counts the best one.
-            best = min if record else max
-            ratios[race] = best(ratio, ratios.get(race, ratio))
+            runs.setdefault(race, []).append(ratio)
         if not record:
-            lost = {verdict.race for verdict in regression.judge(wanted, ratios) if not verdict.ok}
+            lost = {verdict.race for verdict in regression.judge(wanted, runs) if not verdict.ok}
             open_races = [item for item in open_races if item.name in lost]
-    verdicts = regression.judge(wanted, ratios)
+    verdicts = regression.judge(wanted, runs)
     if record:
-        regression.record_bars(bars, name, ratios)
-        typer.echo(f"written: {bars} ({len(ratios)} races on {name})")
+        regression.record_bars(bars, name, runs)
+        typer.echo(f"written: {bars} ({len(runs)} races on {name})")
     for verdict in verdicts:
-        if not record or not verdict.ok:
-            typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}" if not record else f"no bar for {verdict.race}")
+        if not record:
+            typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}")
+        elif not verdict.ok:
+            typer.echo(f"no bar for {verdict.race}: not timed")
     if not all(verdict.ok for verdict in verdicts):
         for line in tables.remarks(found):
             typer.echo(line)

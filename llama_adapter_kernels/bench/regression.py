@@ -1,10 +1,12 @@
 """Have the fused kernels become slower? Speed-ups over two SDPA calls against recorded bars of the same processor.
 
 A ratio of two medians of one interleaved race does not care for the clock frequency, much less for the day than a time.
-A race below its bar is run again before it counts: a disturbance passes, a regression stays.
+A bar is the median of several runs. A race below its bar is run again and its best run counts: a disturbance passes, a
+regression stays.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,10 @@ def load_bars(path: Path, results_processor: str) -> dict[str, float]:
     return bars
 
 
-def record_bars(path: Path, results_processor: str, ratios: dict[str, float]) -> None:
-    """Replaces the processor's bars, keeps those of others."""
+def record_bars(path: Path, results_processor: str, runs: dict[str, list[float]]) -> None:
+    """Replaces the processor's bars by the medians of `runs` {race: speed-ups}, keeps those of others."""
     document: dict[str, Any] = _read(path) if path.exists() else {"version": VERSION, "bars": {}}
-    document["bars"][results_processor] = {race: round(value, 3) for race, value in ratios.items()}
+    document["bars"][results_processor] = {race: round(statistics.median(ratios), 3) for race, ratios in runs.items()}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -61,8 +63,8 @@ class Verdict:
         return f"{self.race}: {self.ratio:.2f}x over two SDPA calls, the bar is {self.bar:.2f}x ({change:+.0%})"
 
 
-def judge(bars: dict[str, float], ratios: dict[str, float]) -> list[Verdict]:
-    return [Verdict(race, bar, ratios.get(race)) for race, bar in bars.items()]
+def judge(bars: dict[str, float], runs: dict[str, list[float]]) -> list[Verdict]:
+    return [Verdict(race, bar, max(runs.get(race, ()), default=None)) for race, bar in bars.items()]
 
 
 def _read(path: Path) -> dict[str, Any]:

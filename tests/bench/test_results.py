@@ -110,9 +110,9 @@ def test_ratios() -> None:
 def test_regression(tmp_path: Path) -> None:
     bars = tmp_path / "bars.json"
     name = regression.processor(example())
-    regression.record_bars(bars, name, {"a": 2.0, "b": 2.0, "c": 2.0})
+    regression.record_bars(bars, name, {"a": [2.0], "b": [1.0, 2.0, 7.0], "c": [2.0]})
     assert regression.load_bars(bars, name) == {"a": 2.0, "b": 2.0, "c": 2.0}
-    verdicts = regression.judge(regression.load_bars(bars, name), {"a": 1.71, "b": 1.69})
+    verdicts = regression.judge(regression.load_bars(bars, name), {"a": [1.71, 1.0], "b": [1.69]})
     assert [verdict.ok for verdict in verdicts] == [True, False, False]
     with pytest.raises(results.ResultError, match="no bars for Another"):
         regression.load_bars(bars, "Another")
