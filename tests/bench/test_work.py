@@ -1,9 +1,12 @@
 """Counts of operations and bytes, against enumeration."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llama_adapter_kernels import reference, testing
-from llama_adapter_kernels.bench.work import attention_work, score_pairs
+from llama_adapter_kernels.bench.cases import ModelShape
+from llama_adapter_kernels.bench.model_problem import empty_model
+from llama_adapter_kernels.bench.work import attention_work, model_work, score_pairs
 
 
 def pairs_by_mask(problem: testing.Problem) -> int:
@@ -23,6 +26,22 @@ def test_pairs_are_those_of_the_mask() -> None:
 def test_packed_pairs() -> None:
     problem = testing.make_problem(testing.Case(lengths=((3, 3), (5, 5)), is_causal=True))
     assert score_pairs(problem) == 6 + 15
+
+
+def test_model_flop_are_those_that_torch_counts() -> None:
+    """Without a prefix: linear layers and the scores of a full (not causal) pass are all that either counts."""
+    shape = ModelShape(hidden=32, heads_q=4, heads_kv=2, head_dim=16, layers=2, batch=2, sequence=8, vocabulary=64)
+    model = empty_model(shape, "step", "eager", None).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 8, dtype=torch.long))
+    forward = model_work(shape, "forward", 4, 0)
+    module = 2 * 2 * 8 * 32 * (2 * 4 * 16 + 2 * 2 * 16)  # tokens x projections of one layer
+    scores = 4 * 16 * 4 * 2 * (8 * 9 // 2)
+    assert forward.flop == 2 * (module + scores)
+    step = model_work(shape, "step", 4, 0)
+    whole_scores = 4 * 16 * 4 * 2 * 8 * 8  # eager attention computes the masked half too
+    products = counter.get_total_flops() - 2 * whole_scores
+    assert step.flop == 2 * products + 2 * 3.5 * scores
 
 
 def test_flop_and_bytes() -> None:
