@@ -32,14 +32,19 @@ def forward(
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
 
+    if key_start is not None or key_end is not None:
+        # Keys outside of the window may be memory nobody wrote (a cache): 0 times that must not be NaN.
+        outside = ~window(query.shape[0], key, key_start, key_end)[:, None, :, None]
+        key, value = key.masked_fill(outside, 0), value.masked_fill(outside, 0)
+
     # Words: softmax over the keys a query may see; a row that sees none gives 0, not NaN.
     scores = scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(scores.dtype)
-        attn_mask = attn_mask > -torch.inf
+        attn_mask = attn_mask != -torch.inf  # NaN hides nothing
     allowed = allowed_keys(query, key, is_causal, attn_mask, key_start, key_end)
     scores = scores.masked_fill(~allowed, -torch.inf)
-    row_sees_nothing = ~allowed.any(dim=-1, keepdim=True)
+    row_sees_nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)  # a finite mask may overflow to -inf as well
     probabilities = torch.softmax(scores.masked_fill(row_sees_nothing, 0), dim=-1).masked_fill(row_sees_nothing, 0)
     output = probabilities @ value
     logsumexp = torch.logsumexp(scores, dim=-1)
@@ -66,27 +71,35 @@ def allowed_keys(
     seq_q, seq_k = query.shape[2], key.shape[2]
     row = torch.arange(seq_q, device=query.device)[:, None]
     column = torch.arange(seq_k, device=query.device)[None, :]
-    end = torch.full((query.shape[0],), seq_k, device=query.device) if key_end is None else key_end
-    end = end[:, None, None, None]
-    allowed = (column < end) & torch.ones_like(row, dtype=torch.bool)
-    if key_start is not None:
-        allowed = allowed & (column >= key_start[:, None, None, None])
+    allowed = window(query.shape[0], key, key_start, key_end)[:, None, None, :] & torch.ones_like(row, dtype=torch.bool)
     if is_causal:  # bottom-right: the last query sees the last valid key
+        end = seq_k if key_end is None else key_end[:, None, None, None]
         allowed = allowed & (column <= row + (end - seq_q))
     if attn_mask is not None:
         allowed = allowed & attn_mask
     return allowed
 
 
+def window(batch: int, key: Tensor, key_start: Tensor | None, key_end: Tensor | None) -> Tensor:
+    """Bool [B, Sk]: the keys [key_start, key_end) of each sequence."""
+    column = torch.arange(key.shape[2], device=key.device).expand(batch, -1)
+    inside = torch.ones_like(column, dtype=torch.bool)
+    if key_start is not None:
+        inside = inside & (column >= key_start[:, None])
+    if key_end is not None:
+        inside = inside & (column < key_end[:, None])
+    return inside
+
+
 def select_prefix(
     prefix_key: Tensor, prefix_value: Tensor, gate: Tensor, prefix_index: Tensor | None, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives each sequence its prefix [B, Hkv, P, D] and gate [B, Hq]; index -1 (no prefix) becomes a gate of zero."""
+    """Gives each sequence its prefix [B, Hkv, P, D] and gate [B, Hq]; index -1 (no prefix): zeros."""
     if prefix_index is None:
         return prefix_key, prefix_value, gate.expand(prefix_key.shape[0], -1)
-    entry = prefix_index.clamp(min=0).long()
-    gate = torch.where(prefix_index[:, None] >= 0, gate[entry], torch.zeros_like(gate[entry]))
-    return prefix_key[entry], prefix_value[entry], gate
+    entry, none = prefix_index.clamp(min=0).long(), prefix_index < 0
+    prefix_key, prefix_value = (t[entry].masked_fill(none[:, None, None, None], 0) for t in (prefix_key, prefix_value))
+    return prefix_key, prefix_value, gate[entry].masked_fill(none[:, None], 0)
 
 
 def forward_varlen(
