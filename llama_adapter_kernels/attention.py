@@ -37,7 +37,9 @@ def zero_gate_attention(
         is_causal: bottom-right aligned: query i sees keys j <= i + (Sk - Sq), or + (key_end[b] - Sq) with `key_end`.
         scale: multiplies both score matrices; default 1 / sqrt(D).
         attn_mask: bool (True = attend) or floating (added to the scaled scores), broadcastable to [B, Hq, Sq, Sk],
-            without gradient. Masks words, never the prefix; may take a slower path than key_start and key_end.
+            without gradient. Masks words, never the prefix; may take a slower path than key_start and key_end. Hide
+            keys by False or -inf: where every key of a row has a huge finite number (finfo.min) the row is a mean of
+            all values, and its gradient too large (the saved log-sum-exp has no digits left for their count).
         key_start, key_end: [B] int32 or int64, the window [key_start, key_end) of valid keys of each sequence.
         prefix_index: [B] int32 or int64, the entry of the prefix table (0..A-1) each sequence uses; -1: no prefix.
         backend: "cpu", "cuda", "triton" or "reference"; default: the fastest that fits, or `use_backend`'s.
@@ -49,6 +51,11 @@ def zero_gate_attention(
         ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and what came. Values
             of integer tensors are checked on the CPU only: on a GPU that would cost a synchronisation.
     """
+    checks.check_tensors(query=query, key=key, value=value)
+    checks.check_optional_tensors(
+        prefix_key=prefix_key, prefix_value=prefix_value, gate=gate, attn_mask=attn_mask, key_start=key_start,
+        key_end=key_end, prefix_index=prefix_index,
+    )  # fmt: skip
     query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
     checks.check_attention(query, key, value, rank=4)
     batch = query.shape[0]
@@ -65,6 +72,7 @@ def zero_gate_attention(
             query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal, scale=scale, attn_mask=attn_mask,
             key_start=key_start, key_end=key_end, prefix_index=prefix_index,
         )[0]  # fmt: skip
+    checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     output, _ = _op(chosen).forward(
@@ -108,6 +116,10 @@ def zero_gate_attention_varlen(
     Raises:
         ValueError, RuntimeError: as `zero_gate_attention`.
     """
+    checks.check_tensors(query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    checks.check_optional_tensors(
+        prefix_key=prefix_key, prefix_value=prefix_value, gate=gate, prefix_index=prefix_index
+    )  # fmt: skip
     query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
     checks.check_attention(query, key, value, rank=3)
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
@@ -128,6 +140,7 @@ def zero_gate_attention_varlen(
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, is_causal=is_causal, scale=scale,
             prefix_index=prefix_index,
         )[0]  # fmt: skip
+    checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
     output, _ = _op(chosen).forward(
         query, key, value, prefix_key, prefix_value, gate, None, None, None, _int32(prefix_index), _int32(cu_seqlens_q),
         _int32(cu_seqlens_k), max_seqlen_q, max_seqlen_k, scale, is_causal,
@@ -165,6 +178,11 @@ def zero_gate_decode(
     Raises:
         ValueError: a gradient is asked for, or as `zero_gate_attention`.
     """
+    checks.check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+    checks.check_optional_tensors(
+        cache_lengths=cache_lengths, prefix_key=prefix_key, prefix_value=prefix_value, gate=gate,
+        prefix_index=prefix_index, key_start=key_start,
+    )  # fmt: skip
     query, key_cache, value_cache, prefix_key, prefix_value = _autocast(
         query, key_cache, value_cache, prefix_key, prefix_value
     )
@@ -177,12 +195,14 @@ def zero_gate_decode(
                     f"{name}: expected no gradient (decode has none), got requires_grad=True; "
                     "use torch.no_grad() or zero_gate_attention"
                 )
-    checks.check_attention(query, key_cache, value_cache, rank=4)
+    checks.check_attention(query, key_cache, value_cache, rank=4, key_name="key_cache", value_name="value_cache")
     batch = query.shape[0]
     checks.check_prefix(query, key_cache, prefix_key, prefix_value, gate, prefix_index, batch)
     for name, lengths in (("cache_lengths", cache_lengths), ("key_start", key_start)):
         if lengths is not None:
             checks.check_integers(name, lengths, batch, query)
+    # Here and not in the op, which knows them as key_end.
+    checks.check_range("cache_lengths", cache_lengths, 0, key_cache.shape[2])
     scale = _default_scale(query) if scale is None else scale
     gate = _gate_per_prefix_and_head(gate, prefix_key, query)
     chosen = choose(backend, query)
@@ -191,6 +211,7 @@ def zero_gate_decode(
             query, key_cache, value_cache, prefix_key, prefix_value, gate, is_causal=True, scale=scale,
             key_start=key_start, key_end=cache_lengths, prefix_index=prefix_index,
         )[0]  # fmt: skip
+    checks.check_no_tangent(query, key_cache, value_cache, prefix_key, prefix_value, gate)
     output: Tensor = _op(chosen).decode(
         query, key_cache, value_cache, prefix_key, prefix_value, gate, _int32(key_start), _int32(cache_lengths),
         _int32(prefix_index), scale, True,
@@ -228,6 +249,5 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.dtype == torch.float32 else tensor for tensor in tensors
-    )
+    cast = (torch.float32, torch.bfloat16, torch.float16)  # float64 stays, as in torch
+    return tuple(tensor.to(dtype) if tensor is not None and tensor.dtype in cast else tensor for tensor in tensors)

@@ -43,10 +43,12 @@ def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
     `torch.nn.attention.sdpa_kernel`. An explicit `backend=` argument of a call wins.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or none.
     """
     global _forced
     chosen = (backend,) if isinstance(backend, str) else tuple(backend)
+    if not chosen:
+        raise ValueError(f"backend: expected at least one of {', '.join(BACKENDS)}, got none")
     for name in chosen:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")

@@ -6,17 +6,32 @@ instead, and a prefix_index out of range gives NaN.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, rank: int) -> None:
+def check_tensors(**tensors: Any) -> None:
+    """A number or a list in place of a tensor is named, before it fails somewhere inside."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_optional_tensors(**tensors: Any) -> None:
+    check_tensors(**{name: value for name, value in tensors.items() if value is not None})
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, rank: int, key_name: str = "key", value_name: str = "value"
+) -> None:
     """query [.., Hq, .., D], key and value [.., Hkv, .., D] of the given rank (4 padded, 3 packed)."""
     form = "[B, H, S, D]" if rank == 4 else "[T, H, D]"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in (("query", query), (key_name, key), (value_name, value)):
         if tensor.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions {form}, got shape {list(tensor.shape)}")
         check_like(name, tensor, query)
@@ -25,14 +40,16 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, rank: int) -> Non
     if query.shape[-1] == 0:
         raise ValueError(f"query: expected head_dim >= 1, got shape {list(query.shape)}")
     heads_q, heads_kv = query.shape[1], key.shape[1]
+    if heads_q == 0:
+        raise ValueError(f"query: expected at least one head, got shape {list(query.shape)}")
     if heads_kv == 0 or heads_q % heads_kv != 0:
-        raise ValueError(f"key: expected a number of heads that divides the {heads_q} of query, got {heads_kv}")
+        raise ValueError(f"{key_name}: expected a number of heads that divides the {heads_q} of query, got {heads_kv}")
     if rank == 4 and key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: expected the batch size {query.shape[0]} of query, got {key.shape[0]}")
+        raise ValueError(f"{key_name}: expected the batch size {query.shape[0]} of query, got {key.shape[0]}")
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key: expected the head_dim {query.shape[-1]} of query, got {key.shape[-1]}")
+        raise ValueError(f"{key_name}: expected the head_dim {query.shape[-1]} of query, got {key.shape[-1]}")
     if value.shape != key.shape:
-        raise ValueError(f"value: expected the shape {list(key.shape)} of key, got {list(value.shape)}")
+        raise ValueError(f"{value_name}: expected the shape {list(key.shape)} of {key_name}, got {list(value.shape)}")
 
 
 def check_like(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -114,8 +131,27 @@ def check_integers(name: str, tensor: Tensor, size: int, query: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [{size}], got {list(tensor.shape)}")
 
 
-def values_are_free_to_read(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def check_no_tangent(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives: a custom op drops the tangents of its inputs, and the result would look constant."""
+    if torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            'zero-gate attention has no forward-mode derivative (jvp); use backend="reference" for one, or backward()'
+        )
+
+
+def values_are_free_to_read(tensor: Tensor) -> bool:
+    """On the CPU and real: neither traced by the compiler nor a fake tensor or another subclass without values."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:
+    if tensor is None or not values_are_free_to_read(tensor):
+        return
+    for position, value in enumerate(tensor.tolist()):
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected values from {low} to {high}, got {value} at position {position}")
 
 
 def check_values(
@@ -126,16 +162,10 @@ def check_values(
     prefix_index: Tensor | None,
 ) -> None:
     """Lengths lie in [0, Sk], indices in [-1, A)."""
-    limits = [("key_start", key_start, 0, key.shape[-2]), ("key_end", key_end, 0, key.shape[-2])]
+    check_range("key_start", key_start, 0, key.shape[-2])
+    check_range("key_end", key_end, 0, key.shape[-2])
     if prefix_key is not None:
-        limits.append(("prefix_index", prefix_index, -1, prefix_key.shape[0] - 1))
-    for name, tensor, low, high in limits:
-        if tensor is not None and values_are_free_to_read(tensor):
-            for position, value in enumerate(tensor.tolist()):
-                if not low <= value <= high:
-                    raise ValueError(
-                        f"{name}: expected values from {low} to {high}, got {value} at position {position}"
-                    )
+        check_range("prefix_index", prefix_index, -1, prefix_key.shape[0] - 1)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, longest: int, longest_name: str) -> None:

@@ -45,6 +45,11 @@ PADDED = [
     ({"attn_mask": torch.ones(5, 4, dtype=torch.bool)}, r"attn_mask: expected a shape that broadcasts to \[2, 4, 5, 5\]"),
     ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, "attn_mask: expected bool or a floating dtype"),
     ({"attn_mask": torch.zeros(5, 5, requires_grad=True)}, "attn_mask: expected a mask without gradient"),
+    ({"query": torch.randn(2, 0, 5, 8)}, r"query: expected at least one head, got shape \[2, 0, 5, 8\]"),
+    ({"query": None}, "query: expected a tensor, got NoneType"),
+    ({"gate": 0.5}, "gate: expected a tensor, got float"),
+    ({"key_end": 5}, "key_end: expected a tensor, got int"),
+    ({"prefix_index": [0, 0]}, "prefix_index: expected a tensor, got list"),
     ({"backend": "tpu"}, "backend: expected one of cpu, cuda, triton, reference, got 'tpu'"),
 ]  # fmt: skip
 
@@ -70,6 +75,7 @@ def test_padded(change: dict[str, Any], message: str, backend: str) -> None:
         ({"max_seqlen_q": 2}, "max_seqlen_q: expected at least 3, the length of sequence 2, got 2"),
         ({"max_seqlen_k": -1}, "max_seqlen_k: expected >= 0, got -1"),
         ({"cu_seqlens_q": torch.tensor([2**32, 2**32 + 2, 4, 7])}, "cu_seqlens_q: expected to begin with 0"),
+        ({"cu_seqlens_k": [0, 2, 4, 7]}, "cu_seqlens_k: expected a tensor, got list"),
         ({"query": torch.randn(1, 4, 7, 8)}, r"query: expected 3 dimensions \[T, H, D\]"),
         (
             {"prefix_key": torch.randn(2, 2, 3, 8), "prefix_value": torch.randn(2, 2, 3, 8)},
@@ -111,8 +117,33 @@ def test_decode_has_no_gradient() -> None:
     q, k, v, pk, pv, gate = good().values()
     with pytest.raises(ValueError, match="gate: expected no gradient"):
         zero_gate_decode(q, k, v, None, pk, pv, gate.requires_grad_())
-    with pytest.raises((ValueError, RuntimeError), match=r"expected values from 0 to 5, got 9 at position 1"):
-        zero_gate_decode(q, k, v, torch.tensor([1, 9]), pk, pv, gate.detach())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_cache": torch.randn(2, 5, 8)}, r"key_cache: expected 4 dimensions .*, got shape \[2, 5, 8\]"),
+        ({"key_cache": torch.randn(2, 3, 5, 8)}, "key_cache: expected a number of heads that divides the 4 of query"),
+        ({"key_cache": torch.randn(3, 2, 5, 8)}, "key_cache: expected the batch size 2 of query, got 3"),
+        ({"key_cache": torch.randn(2, 2, 5, 7)}, "key_cache: expected the head_dim 8 of query, got 7"),
+        ({"value_cache": torch.randn(2, 2, 4, 8)}, r"value_cache: expected the shape \[2, 2, 5, 8\] of key_cache"),
+        ({"value_cache": torch.randn(2, 2, 5, 8).half()}, "value_cache: expected the dtype torch.float32 of query"),
+        ({"cache_lengths": torch.tensor([1, 9])}, "cache_lengths: expected values from 0 to 5, got 9 at position 1"),
+        ({"cache_lengths": torch.tensor([-1, 1])}, "cache_lengths: expected values from 0 to 5, got -1 at position 0"),
+        ({"cache_lengths": torch.tensor([2**32 + 3, 1])}, "cache_lengths: expected values from 0 to 5, got 4294967299"),
+        ({"cache_lengths": torch.tensor([1])}, r"cache_lengths: expected shape \[2\], got \[1\]"),
+        ({"cache_lengths": 5}, "cache_lengths: expected a tensor, got int"),
+        ({"key_start": torch.tensor([6, 0])}, "key_start: expected values from 0 to 5, got 6 at position 0"),
+    ],
+)
+def test_decode(change: dict[str, Any], message: str, backend: str) -> None:
+    """Named as the caller named it, not as the functions beneath do."""
+    q, k, v, pk, pv, gate = good().values()
+    arguments = {"query": q, "key_cache": k, "value_cache": v, "cache_lengths": None, "prefix_key": pk,
+                 "prefix_value": pv, "gate": gate}  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        zero_gate_decode(**arguments | change, backend=backend)
 
 
 def raw(**change: Any) -> list[Any]:

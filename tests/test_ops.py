@@ -1,5 +1,6 @@
 """What torch asks of an op: schema, fakes, autograd, compile, determinism; and what the gradients promise."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -186,6 +187,68 @@ def test_autocast_uses_the_lower_precision() -> None:
         assert problem.forward("cpu").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_every_dtype_but_float64(dtype: torch.dtype) -> None:
+    """As scaled_dot_product_attention: a mixture that only autocast makes one."""
+    q, k, v, pk, pv, gate = (t.detach() for t in make_problem(Case()).tensors.values())
+    with torch.autocast("cpu", dtype=dtype):
+        for mixed in ((q.half(), k.bfloat16(), v), (q.bfloat16(), k.bfloat16(), v.bfloat16())):
+            assert zero_gate_attention(*mixed, pk, pv, gate).dtype == dtype
+            assert zero_gate_decode(*mixed, None, pk, pv, gate).dtype == dtype
+        assert zero_gate_attention(*(t.double() for t in (q, k, v, pk, pv, gate))).dtype == torch.float64
+
+
+def test_gradient_of_the_gate_has_its_dtype_and_shape() -> None:
+    problem = make_problem(Case(batch=3, prefix="table", gate="prefix"))
+    want = problem.backward(problem.forward("cpu"))["gate"]
+    for dtype in (torch.bfloat16, torch.float64):
+        gate = problem.tensors["gate"].detach().to(dtype).requires_grad_()
+        arguments = {**problem.tensors, **problem.arguments, "gate": gate}
+        (got,) = torch.autograd.grad(zero_gate_attention(**arguments, backend="cpu"), gate, problem.doutput)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, atol=0.5, rtol=0.05)
+    one = torch.tensor([0.5], requires_grad=True)
+    arguments["gate"] = one
+    zero_gate_attention(**arguments, backend="cpu").sum().backward()
+    assert one.grad.shape == (1,)
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_forward_mode_is_refused_where_tangents_would_be_lost(position: int) -> None:
+    tensors = [t.detach() for t in make_problem(Case()).tensors.values()]
+    offsets = torch.tensor([0, 33])
+
+    def padded(backend: str, x: torch.Tensor) -> torch.Tensor:
+        return zero_gate_attention(*tensors[:position], x, *tensors[position + 1 :], backend=backend)
+
+    def packed(backend: str, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, *prefix = [*tensors[:position], x, *tensors[position + 1 :]]
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+        return zero_gate_attention_varlen(
+            q, k, v, *prefix, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=33, max_seqlen_k=33,
+            backend=backend,
+        )  # fmt: skip
+
+    def decode(backend: str, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, *prefix = [*tensors[:position], x, *tensors[position + 1 :]]
+        return zero_gate_decode(q, k, v, None, *prefix, backend=backend)
+
+    point = (tensors[position],), (torch.ones_like(tensors[position]),)
+    for call in (padded, packed, decode):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(functools.partial(call, "cpu"), *point)
+        assert torch.func.jvp(functools.partial(call, "reference"), *point)[1].abs().sum() > 0
+
+
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = (torch.empty(2, 4, 9, 8) for _ in range(3))
+        lengths = torch.ones(2, dtype=torch.int64)
+        for backend in ("cpu", "reference"):
+            zero_gate_attention(q, k, v, None, None, None, key_end=lengths, backend=backend)
+            assert zero_gate_decode(q, k, v, lengths, None, None, None, backend=backend).shape == q.shape
+
+
 def test_backends() -> None:
     assert set(lak.available_backends("cpu")) >= {"cpu", "reference"}
     assert "cpu" not in lak.available_backends("cuda")
@@ -196,3 +259,16 @@ def test_backends() -> None:
         zero_gate_attention(q, q, q, None, None, None)
     with pytest.raises(ValueError, match="expected one of"), lak.use_backend("fpga"):
         pass
+    with pytest.raises(ValueError, match="expected at least one of"), lak.use_backend([]):
+        pass
+
+
+def test_use_backend_nests_and_ends_with_an_error() -> None:
+    q = torch.randn(1, 1, 2, 8)
+    with lak.use_backend("cuda"):
+        with lak.use_backend("cpu"):
+            zero_gate_attention(q, q, q, None, None, None)
+        with pytest.raises(RuntimeError, match="no backend fits"):
+            zero_gate_attention(q, q, q, None, None, None)
+        zero_gate_attention(q, q, q, None, None, None, backend="cpu")  # an argument wins
+    zero_gate_attention(q, q, q, None, None, None)
