@@ -113,6 +113,11 @@ def test_every_row_is_written(isa: str) -> None:
             assert not output.isnan().any()
             for name, gradient in problem.backward(output).items():
                 assert not gradient.isnan().any(), name
+        for case in (Case(batch=3, window="both", seq_q=3, seq_k=700, head_dim=40), Case(seq_q=2, seq_k=0)):
+            t, a = make_problem(case).tensors, make_problem(case).arguments
+            q, k, v, pk, pv, gate = (tensor.detach() for tensor in t.values())
+            decoded = zero_gate_decode(q, k, v, a.get("key_end"), pk, pv, gate, key_start=a.get("key_start"))
+            assert not decoded.isnan().any()
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -127,3 +132,18 @@ def test_prefix_padding_is_not_read(isa: str) -> None:
         t[name] = t[name][:, :, :10]
     output = zero_gate_attention(**t, is_causal=True, backend="cpu")
     assert not output.isnan().any()
+
+
+@pytest.mark.parametrize("mask", [torch.rand(70, 130) < 0.7, torch.randn(70, 130)], ids=["bool", "float"])
+def test_masks_of_any_strides(mask: torch.Tensor, isa: str) -> None:
+    """Transposed, every second element, broadcast over either side: the same as a contiguous copy."""
+    problem = make_problem(Case(seq_q=70, seq_k=130))
+    every_second = torch.stack([mask, ~mask if mask.dtype == torch.bool else -mask], dim=-1)[..., 0]
+    for strided in (mask.t().contiguous().t(), every_second, mask[:, :1].expand(70, 130), mask[:1].expand(70, 130)):
+        assert not strided.is_contiguous()
+        results = []
+        for form in (strided, strided.contiguous()):
+            problem.arguments["attn_mask"] = form
+            output = problem.forward("cpu")
+            results.append([output, *problem.backward(output).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
