@@ -231,26 +231,36 @@ def truth_of(problem: Problem, device: str | torch.device = "cpu") -> Truth:
 
 
 def _eager_errors(problem: Problem, dtype: torch.dtype, exact: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of eager PyTorch per result, in float32 over several orders of head_dim.
+    """Largest error of eager PyTorch per result, in float32 over several orders of head_dim and of the prefix slots.
 
     Mathematically those are one problem, but every order rounds differently, and a single draw is often a lucky one.
     """
-    head_dim = exact["output"].shape[-1]
     generator = torch.Generator().manual_seed(0)
-    orders = [torch.arange(head_dim)]
-    if dtype == torch.float32:
-        orders += [torch.randperm(head_dim, generator=generator) for _ in range(3)]
+
+    def orders(size: int) -> list[Tensor]:
+        more = 3 if dtype == torch.float32 else 0
+        return [torch.arange(size), *(torch.randperm(size, generator=generator) for _ in range(more))]
+
+    prefix_key = problem.tensors["prefix_key"]
+    slots = 0 if prefix_key is None else prefix_key.shape[2]
     base = dict.fromkeys(exact, 0.0)
-    for order in orders:
+    for order, slot_order in zip(orders(exact["output"].shape[-1]), orders(slots), strict=True):
 
-        def reordered(tensor: Tensor, order: Tensor = order) -> Tensor:
-            return tensor.detach()[..., order.to(tensor.device)].requires_grad_(tensor.requires_grad)
+        def reordered(name: str, tensor: Tensor, order: Tensor = order, slot_order: Tensor = slot_order) -> Tensor:
+            if name.removeprefix("d") == "gate":
+                return tensor
+            if name.removeprefix("d") in ("prefix_key", "prefix_value"):
+                tensor = tensor[:, :, slot_order.to(tensor.device)]
+            return tensor[..., order.to(tensor.device)]
 
-        tensors = {n: t if n == "gate" or t is None else reordered(t) for n, t in problem.tensors.items()}
-        doutput = None if problem.doutput is None else reordered(problem.doutput)
+        def leaf(name: str, tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else reordered(name, tensor.detach()).requires_grad_(tensor.requires_grad)
+
+        tensors = {name: leaf(name, tensor) for name, tensor in problem.tensors.items()}
+        doutput = leaf("doutput", problem.doutput)
         eager = _truth(Problem(problem.case, tensors, problem.arguments, doutput), "reference")
         for name, result in eager.items():
-            want = exact[name] if name == "dgate" else exact[name][..., order]
+            want = reordered(name, exact[name])
             if want.numel() > 0:
                 base[name] = max(base[name], (result.cpu().double() - want).abs().max().item())
     return base
