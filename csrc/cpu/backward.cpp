@@ -10,10 +10,10 @@
 // are added in a fixed order at the end. The partition depends on the shape alone, so gradients are the same for every
 // number of threads and every run.
 //
-// Scratch of a worker, for one query head: Q^T and dO^T by query block, Q and dO as floats where storage is narrower, dQ;
+// Scratch of a worker, for one query head: Q^T and dO^T by query block, Q and dO as the products want them (products.h), dQ;
 // for its keys: dK and dV. O(sequence * head_dim), nothing of size sequence^2.
 #include "kernel_table.h"
-#include "scores.h"
+#include "products.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
@@ -52,10 +52,11 @@ struct PrefixSums {
   }
 };
 
-template <class T>
+template <class Products>
 struct BackwardScratch {
-  using C = Compute<T>;
-  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues, *scores, *dscores, *logsumexp, *delta;
+  using C = typename Products::C;
+  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues;
+  C *scores, *dscores, *packed_weights, *logsumexp, *delta;
 
   BackwardScratch(Scratch& s, const ZeroGateParams& p, const Partition& part) {
     const int64_t rows = part.padded_queries * part.padded_depth, keys_rows = part.words ? part.keys_per_split : 0;
@@ -72,15 +73,16 @@ struct BackwardScratch {
     dvalues = s.take<C>(p.dkey.data ? keys_rows * part.padded_depth : 0);
     scores = s.take<C>(block * kBlockQueries);
     dscores = s.take<C>(block * kBlockQueries);
+    packed_weights = s.take<C>(Products::kPacksWeights ? block * kBlockQueries / 2 : 0);
     logsumexp = s.take<C>(part.padded_queries);
     delta = s.take<C>(part.padded_queries);
   }
 };
 
 // Where each part of the workspace begins.
-template <class T>
+template <class Products>
 struct Workspace {
-  using C = Compute<T>;
+  using C = typename Products::C;
   int64_t scratch_bytes;
   C* dquery_parts;  // [batch, heads_q, key_splits][padded_queries][padded_depth], only when key_splits > 1
   PrefixSums<C> prefix;
@@ -99,23 +101,25 @@ struct Workspace {
 
   static int64_t one_scratch(const ZeroGateParams& p, const Partition& part) {
     Scratch counter(nullptr);
-    BackwardScratch<T> scratch(counter, p, part);
+    BackwardScratch<Products> scratch(counter, p, part);
     return counter.used();
   }
 };
 
 // The key blocks of one split of one key/value head, and all query heads that use it.
-template <class T>
+template <class Products>
 class BackwardTask {
-  using C = Compute<T>;
+  using T = typename Products::Storage;
+  using C = typename Products::C;
   static constexpr int64_t kLane = kLanes<C>;
+  using SummedRows = decltype(Products::summed_rows(nullptr, 0, 0, 0, nullptr));
 
  public:
-  BackwardTask(const ZeroGateParams& params, const Partition& partition, const Workspace<T>& workspace,
-               const BackwardScratch<T>& scratch, int64_t b, int64_t kv_head, int64_t key_split)
+  BackwardTask(const ZeroGateParams& params, const Partition& partition, const Workspace<Products>& workspace,
+               const BackwardScratch<Products>& scratch, int64_t b, int64_t kv_head, int64_t key_split)
       : p(params), part(partition), work(workspace), s(scratch), seq(sequence_of(params, b)), batch(b), head_kv(kv_head),
         split(key_split), group(params.heads_q / params.heads_kv), depth(params.head_dim), padded_depth(partition.padded_depth),
-        blocks((seq.queries + kBlockQueries - 1) / kBlockQueries) {}
+        scale(static_cast<C>(params.scale)), blocks((seq.queries + kBlockQueries - 1) / kBlockQueries) {}
 
   void run() {
     if (p.dkey.data) {
@@ -145,7 +149,7 @@ class BackwardTask {
     }
     if (dquery && part.key_splits == 1) {
       for (int64_t i = 0; i < seq.queries; ++i) {
-        narrow_row(dquery + i * padded_depth, static_cast<C>(p.scale), depth,
+        narrow_row(dquery + i * padded_depth, scale, depth,
                    row_pointer<T>(p.dquery, batch, head, seq.first_query + i));
       }
     }
@@ -155,14 +159,14 @@ class BackwardTask {
   void load_rows(int64_t head) {
     const T* q = row_pointer<const T>(p.query, batch, head, seq.first_query);
     const T* dout = row_pointer<const T>(p.doutput, batch, head, seq.first_query);
-    query_rows = dense_rows<T, C>(q, p.query.stride_row, seq.queries, depth, s.query);
-    doutput_rows = dense_rows<T, C>(dout, p.doutput.stride_row, seq.queries, depth, s.doutput);
+    query_rows = Products::summed_rows(q, p.query.stride_row, seq.queries, depth, s.query);
+    doutput_rows = Products::summed_rows(dout, p.doutput.stride_row, seq.queries, depth, s.doutput);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - first);
-      transpose(q + first * p.query.stride_row, p.query.stride_row, rows, kBlockQueries, depth,
-                static_cast<C>(p.scale), s.query_t + first * depth, kBlockQueries);
-      transpose(dout + first * p.doutput.stride_row, p.doutput.stride_row, rows, kBlockQueries, depth, C(1),
-                s.doutput_t + first * depth, kBlockQueries);
+      Products::load_columns(q + first * p.query.stride_row, p.query.stride_row, rows, kBlockQueries, depth, scale,
+                             s.query_t + first * depth);
+      Products::load_columns(dout + first * p.doutput.stride_row, p.doutput.stride_row, rows, kBlockQueries, depth, C(1),
+                             s.doutput_t + first * depth);
     }
     const C* saved = row_statistic<C>(p.logsumexp, batch, head, seq.first_query);
     for (int64_t i = 0; i < blocks * kBlockQueries; ++i) {
@@ -177,14 +181,10 @@ class BackwardTask {
   // delta = rowsum(dO O). Summed in the order in which dP = dO V^T is: where a query sees few keys, dP - D_w cancels, and
   // so do then the rounding errors of both.
   void dot_with_output(int64_t head, int64_t first) {
-    transpose(row_pointer<const T>(p.output, batch, head, seq.first_query + first), p.output.stride_row,
-              smaller(kBlockQueries, seq.queries - first), kBlockQueries, depth, C(1), s.output_t, kBlockQueries);
+    Products::load_columns(row_pointer<const T>(p.output, batch, head, seq.first_query + first), p.output.stride_row,
+                           smaller(kBlockQueries, seq.queries - first), kBlockQueries, depth, C(1), s.output_t);
     for (int64_t m = 0; m < kBlockQueries; m += kLane) {
-      Vec<C> sum{};
-      for (int64_t d = 0; d < depth; ++d) {
-        sum += load(s.output_t + d * kBlockQueries + m) * load(s.doutput_t + first * depth + d * kBlockQueries + m);
-      }
-      store(s.delta + first + m, sum);
+      store(s.delta + first + m, Products::column_dots(s.output_t, s.doutput_t + first * depth, depth, m));
     }
   }
 
@@ -192,10 +192,11 @@ class BackwardTask {
     const int64_t n = p.prefix_length;
     const bool write = p.dgate && split == 0;
     const C gate = gate_of<C>(p, seq.prefix, head);
-    const auto k = dense_rows<T, C>(row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, 0), p.prefix_key.stride_row, n,
-                                    depth, s.keys);
-    const auto v = dense_rows<T, C>(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, 0), p.prefix_value.stride_row,
-                                    n, depth, s.values);
+    const T* keys = row_pointer<const T>(p.prefix_key, seq.prefix, head_kv, 0);
+    const auto k = Products::dotted_rows(keys, p.prefix_key.stride_row, n, depth, s.keys);
+    const auto v = Products::dotted_rows(row_pointer<const T>(p.prefix_value, seq.prefix, head_kv, 0),
+                                         p.prefix_value.stride_row, n, depth, s.values);
+    const auto summed_k = Products::summed_rows(keys, p.prefix_key.stride_row, n, depth, s.keys);
     const int64_t entry = batch * p.heads_q + head, elements = n * padded_depth;
     C* dkey = write ? work.prefix.dkey + entry * elements : nullptr;
     C* dvalue = write ? work.prefix.dvalue + entry * elements : nullptr;
@@ -203,16 +204,14 @@ class BackwardTask {
     Vec<C> dgate{};
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - first);
-      key_query_products(k, n, s.query_t + first * depth, kBlockQueries, depth, kNothingHidden, s.scores);
-      key_query_products(v, n, s.doutput_t + first * depth, kBlockQueries, depth, kNothingHidden, s.dscores);
+      Products::dot(k, n, s.query_t + first * depth, kBlockQueries, depth, kNothingHidden, scale, s.scores);
+      Products::dot(v, n, s.doutput_t + first * depth, kBlockQueries, depth, kNothingHidden, C(1), s.dscores);
       for (int64_t m = 0; m < kBlockQueries; m += kLane) dgate += prefix_softmax(m, n, first, gate);
       if (write) {
-        multiply(s.dscores, kBlockQueries, query_rows.data + first * query_rows.stride, query_rows.stride, n, rows,
-                 padded_depth, dkey, padded_depth, true);
-        multiply(s.scores, kBlockQueries, doutput_rows.data + first * doutput_rows.stride, doutput_rows.stride, n, rows,
-                 padded_depth, dvalue, padded_depth, true);
+        add_to_keys(s.dscores, query_rows, n, first, rows, kNothingHidden, dkey);
+        add_to_keys(s.scores, doutput_rows, n, first, rows, kNothingHidden, dvalue);
       }
-      if (dquery && split == 0) add_to_dquery(k, n, i, kNothingHidden);
+      if (dquery && split == 0) add_to_dquery(summed_k, n, i, kNothingHidden);
     }
     if (write) work.prefix.dgate[entry] = horizontal_sum<C>(dgate);
   }
@@ -244,16 +243,17 @@ class BackwardTask {
 
   void key_block(int64_t head, int64_t round) {
     const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
-    const auto k = dense_rows<T, C>(row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0), p.key.stride_row, n,
-                                    depth, s.keys);
-    const auto v = dense_rows<T, C>(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
-                                    n, depth, s.values);
+    const T* keys = row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0);
+    const auto k = Products::dotted_rows(keys, p.key.stride_row, n, depth, s.keys);
+    const auto v = Products::dotted_rows(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0),
+                                         p.value.stride_row, n, depth, s.values);
+    const auto summed_k = Products::summed_rows(keys, p.key.stride_row, n, depth, s.keys);
     const int64_t first_seeing = larger(0, k0 - seq.diagonal) / kBlockQueries;
     for (int64_t i = first_seeing; i < blocks; ++i) {
       const int64_t q0 = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
       const int64_t padded_rows = round_up(rows, kLane), hidden = k0 - seq.diagonal - q0;
-      key_query_products(k, n, s.query_t + q0 * depth, padded_rows, depth, hidden, s.scores);
-      key_query_products(v, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, s.dscores);
+      Products::dot(k, n, s.query_t + q0 * depth, padded_rows, depth, hidden, scale, s.scores);
+      Products::dot(v, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, C(1), s.dscores);
       if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head, q0, rows, k0, n, s.scores);
       for (int64_t m = 0; m < padded_rows; m += kLane) word_gradients(m, n, k0, q0, hidden);
       if (p.dkey.data) {
@@ -262,7 +262,7 @@ class BackwardTask {
         add_to_keys(s.scores, doutput_rows, n, q0, rows, hidden, dvalue);
         add_to_keys(s.dscores, query_rows, n, q0, rows, hidden, dkey);
       }
-      if (dquery) add_to_dquery(k, n, i, hidden);
+      if (dquery) add_to_dquery(summed_k, n, i, hidden);
     }
   }
 
@@ -294,26 +294,16 @@ class BackwardTask {
   }
 
   // out[t] += sum over the queries m that see key t of weights[t][m] * rows[q0 + m].
-  void add_to_keys(const C* weights, const Rows<T, C>& from, int64_t n, int64_t q0, int64_t rows, int64_t hidden, C* out) {
-    for (int64_t t = 0; t < n; t += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, n - t), m0 = smaller(rows, larger(0, hidden + t));
-      multiply(weights + t * kBlockQueries + m0, kBlockQueries, from.data + (q0 + m0) * from.stride, from.stride, tile_rows,
-               rows - m0, padded_depth, out + t * padded_depth, padded_depth, true);
-    }
+  void add_to_keys(C* weights, const SummedRows& from, int64_t n, int64_t q0, int64_t rows, int64_t hidden, C* out) {
+    const C* packed = Products::weights_for_queries(weights, n, round_up(rows, kLane), s.packed_weights);
+    Products::sum_over_queries(packed, from, q0, n, rows, padded_depth, hidden, out);
   }
 
-  // dQ[m] += sum_t dS[t][m] K[t], without scale.
-  void add_to_dquery(const Rows<T, C>& k, int64_t n, int64_t block, int64_t hidden) {
+  // dQ[m] += sum_t dS[t][m] K[t], without scale. dS is not read again.
+  void add_to_dquery(const SummedRows& k, int64_t n, int64_t block, int64_t hidden) {
     const int64_t rows = smaller(kBlockQueries, seq.queries - block * kBlockQueries);
-    C* out = rows_of(dquery, block);
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, rows - m), seen = seen_keys(n, m + tile_rows, hidden);
-      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
-        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
-        tile_function<ColumnByColumns, C>(tile_rows, vecs)(s.dscores + m, kBlockQueries, k.data + d, k.stride, seen,
-                                                           out + m * padded_depth + d, padded_depth, nullptr);
-      }
-    }
+    Products::sum_over_keys(Products::weights_for_keys(s.dscores, n, round_up(rows, kLane)), k, n, rows, padded_depth, hidden,
+                            nullptr, rows_of(dquery, block));
   }
 
   void write_key_gradients() {
@@ -321,7 +311,7 @@ class BackwardTask {
       const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
       for (int64_t t = 0; t < n; ++t) {
         const int64_t row = seq.first_key + k0 + t, from = (round * kBlockKeys + t) * padded_depth;
-        narrow_row(s.dkeys + from, static_cast<C>(p.scale), depth, row_pointer<T>(p.dkey, batch, head_kv, row));
+        narrow_row(s.dkeys + from, scale, depth, row_pointer<T>(p.dkey, batch, head_kv, row));
         narrow_row(s.dvalues + from, C(1), depth, row_pointer<T>(p.dvalue, batch, head_kv, row));
       }
     }
@@ -337,18 +327,21 @@ class BackwardTask {
 
   const ZeroGateParams& p;
   const Partition& part;
-  const Workspace<T>& work;
-  const BackwardScratch<T>& s;
+  const Workspace<Products>& work;
+  const BackwardScratch<Products>& s;
   const Sequence seq;
-  const int64_t batch, head_kv, split, group, depth, padded_depth, blocks;
-  Rows<T, C> query_rows{}, doutput_rows{};
+  const int64_t batch, head_kv, split, group, depth, padded_depth;
+  const C scale;
+  const int64_t blocks;
+  SummedRows query_rows{}, doutput_rows{};
   C* dquery = nullptr;
 };
 
 // dQ of one query head = scale * the partial sums of its key splits, in order.
-template <class T>
-void add_dquery_parts(const ZeroGateParams& p, const Partition& part, const Workspace<T>& work, int64_t task) {
-  using C = Compute<T>;
+template <class Products>
+void add_dquery_parts(const ZeroGateParams& p, const Partition& part, const Workspace<Products>& work, int64_t task) {
+  using T = typename Products::Storage;
+  using C = typename Products::C;
   const int64_t b = task / p.heads_q, head = task % p.heads_q, size = part.padded_queries * part.padded_depth;
   const Sequence seq = sequence_of(p, b);
   C* sums = work.dquery_parts + task * part.key_splits * size;
@@ -362,9 +355,11 @@ void add_dquery_parts(const ZeroGateParams& p, const Partition& part, const Work
 }
 
 // Gradients of one entry of the prefix table and one key/value head: over all sequences that used it, in order.
-template <class T>
-void add_prefix_parts(const ZeroGateParams& p, const Partition& part, const Workspace<T>& work, int64_t task, Compute<T>* row) {
-  using C = Compute<T>;
+template <class Products>
+void add_prefix_parts(const ZeroGateParams& p, const Partition& part, const Workspace<Products>& work, int64_t task,
+                      typename Products::C* row) {
+  using T = typename Products::Storage;
+  using C = typename Products::C;
   const int64_t entry = task / p.heads_kv, head_kv = task % p.heads_kv, group = p.heads_q / p.heads_kv;
   const int64_t elements = p.prefix_length * part.padded_depth;
   for (int64_t slot = 0; slot < p.prefix_length; ++slot) {
@@ -392,22 +387,23 @@ void add_prefix_parts(const ZeroGateParams& p, const Partition& part, const Work
   }
 }
 
-template <class T>
-void backward_typed(const ZeroGateParams& p, const Parallel& parallel) {
-  const Partition part = partition_of<Compute<T>>(p);
-  const Workspace<T> work(p, part, parallel.threads);
+template <class Products>
+void backward_with(const ZeroGateParams& p, const Parallel& parallel) {
+  using C = typename Products::C;
+  const Partition part = partition_of<C>(p);
+  const Workspace<Products> work(p, part, parallel.threads);
   run_tasks(parallel, p.batch * p.heads_kv * part.key_splits, [&](int64_t task, int64_t worker) {
     Scratch memory(work.workers + worker * work.scratch_bytes);
-    const BackwardScratch<T> scratch(memory, p, part);
+    const BackwardScratch<Products> scratch(memory, p, part);
     const int64_t split = task % part.key_splits, head = task / part.key_splits % p.heads_kv;
-    BackwardTask<T>(p, part, work, scratch, task / part.key_splits / p.heads_kv, head, split).run();
+    BackwardTask<Products>(p, part, work, scratch, task / part.key_splits / p.heads_kv, head, split).run();
   });
   if (part.key_splits > 1 && p.dquery.data) {
     run_tasks(parallel, p.batch * p.heads_q, [&](int64_t task, int64_t) { add_dquery_parts(p, part, work, task); });
   }
   if (p.dgate) {
     run_tasks(parallel, p.prefix_count * p.heads_kv, [&](int64_t task, int64_t worker) {
-      add_prefix_parts(p, part, work, task, reinterpret_cast<Compute<T>*>(work.workers + worker * work.scratch_bytes));
+      add_prefix_parts(p, part, work, task, reinterpret_cast<C*>(work.workers + worker * work.scratch_bytes));
     });
   }
 }
@@ -415,17 +411,16 @@ void backward_typed(const ZeroGateParams& p, const Parallel& parallel) {
 }  // namespace
 
 int64_t backward_workspace(const ZeroGateParams& params, int threads) {
-  return with_storage_type(params.dtype, [&](auto type) {
-    using T = decltype(type);
+  return with_products(params, [&](auto products) {
     ZeroGateParams counted = params;
     counted.workspace = nullptr;
-    return Workspace<T>(counted, partition_of<Compute<T>>(counted), threads).bytes;
+    return Workspace<decltype(products)>(counted, partition_of<typename decltype(products)::C>(counted), threads).bytes;
   });
 }
 
 void backward(const ZeroGateParams& p, const Parallel& parallel) {
-  with_storage_type(p.dtype, [&](auto type) {
-    backward_typed<decltype(type)>(p, parallel);
+  with_products(p, [&](auto products) {
+    backward_with<decltype(products)>(p, parallel);
     return 0;
   });
 }

@@ -22,7 +22,7 @@ bool detect(Isa isa) {
     case Isa::kAvx2: return avx2;
     case Isa::kAvx512: return avx512;
 #if defined(LAK_BF16_STAND_IN)
-    case Isa::kAvx512Bf16: return avx512;
+    case Isa::kAvx512Bf16: return LAK_BF16_STAND_IN;  // avx2 or avx512: what the stand-in is compiled for
 #else
     case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif

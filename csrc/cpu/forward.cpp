@@ -6,19 +6,15 @@
 // so that one division by l ends both softmaxes.
 //
 // Scratch of a worker: Q^T [head_dim][queries], S^T [keys][queries], accumulator [queries][head_dim], and the key and
-// value block as floats where storage is narrower. At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
-#include <type_traits>
-
+// value block in the form that the products want (products.h). At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
 #include "kernel_table.h"
-#include "pairs.h"
-#include "scores.h"
+#include "products.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
 
-template <class T>
+template <class C>
 struct ForwardScratch {
-  using C = Compute<T>;
   C *query_t, *scores, *accumulator, *keys, *values, *maximum, *sum, *rescale;
 
   ForwardScratch(Scratch& s, int64_t head_dim) {
@@ -35,22 +31,23 @@ struct ForwardScratch {
 };
 
 // One block of query rows of one head.
-template <class T>
+template <class Products>
 class ForwardBlock {
+  using T = typename Products::Storage;
   using C = Compute<T>;
   static constexpr int64_t kLane = kLanes<C>;
   static constexpr C kMinusInfinity = -__builtin_huge_val();
-  static constexpr bool kMayPair = LAK_HAS_PAIRS && std::is_same_v<T, BFloat16>;
 
  public:
   ForwardBlock(const ZeroGateParams& params, const Sequence& sequence, int64_t b, int64_t head, int64_t first,
-               const ForwardScratch<T>& scratch)
+               const ForwardScratch<C>& scratch)
       : p(params), seq(sequence), batch(b), head_q(head), head_kv(head / (params.heads_q / params.heads_kv)), q0(first),
         rows(smaller(kBlockQueries, sequence.queries - first)), padded_rows(round_up(rows, kLane)), depth(params.head_dim),
-        padded_depth(round_up(params.head_dim, kLane)), in_pairs(kMayPair && params.head_dim % 2 == 0), s(scratch) {}
+        padded_depth(round_up(params.head_dim, kLane)), scale(static_cast<C>(params.scale)), s(scratch) {}
 
   void run() {
-    load_queries(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0));
+    Products::load_columns(row_pointer<const T>(p.query, batch, head_q, seq.first_query + q0), p.query.stride_row, rows,
+                           padded_rows, depth, scale, s.query_t);
     for (int64_t i = 0; i < padded_rows; ++i) s.maximum[i] = kMinusInfinity, s.sum[i] = 0;
     for (int64_t i = 0; i < rows * padded_depth; ++i) s.accumulator[i] = 0;
     const int64_t end = visible_end(seq, q0 + rows - 1);
@@ -61,24 +58,10 @@ class ForwardBlock {
   }
 
  private:
-  void load_queries(const T* from) {
-#if LAK_HAS_PAIRS
-    if constexpr (kMayPair) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(s.query_t);
-      if (in_pairs) return transpose_pairs(from, p.query.stride_row, rows, padded_rows, depth, to, kBlockQueries);
-    }
-#endif
-    transpose(from, p.query.stride_row, rows, padded_rows, depth, static_cast<C>(p.scale), s.query_t, kBlockQueries);
-  }
-
   // S^T of n keys.
   void score(const T* keys, int64_t stride, int64_t n, int64_t hidden) {
-#if LAK_HAS_PAIRS
-    if constexpr (kMayPair) {
-      if (in_pairs) return score_pairs(keys, stride, n, hidden);
-    }
-#endif
-    key_query_products(dense_rows<T, C>(keys, stride, n, depth, s.keys), n, s.query_t, padded_rows, depth, hidden, s.scores);
+    Products::dot(Products::dotted_rows(keys, stride, n, depth, s.keys), n, s.query_t, padded_rows, depth, hidden, scale,
+                  s.scores);
   }
 
   // S^T for keys [k0, k0 + n) and the online softmax step, then accumulator += P V.
@@ -137,56 +120,10 @@ class ForwardBlock {
 
   // accumulator[m] = rescale[m] * accumulator[m] + sum_t P[t][m] V[t]; query m sees keys up to m - hidden.
   void accumulate(const T* values, int64_t stride, int64_t n, const C* rescale, int64_t hidden) {
-#if LAK_HAS_PAIRS
-    if constexpr (kMayPair) {
-      if (in_pairs) return accumulate_pairs(values, stride, n, rescale, hidden);
-    }
-#endif
-    const auto v = dense_rows<T, C>(values, stride, n, depth, s.values);
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, rows - m);
-      const int64_t seen = seen_keys(n, m + tile_rows, hidden);
-      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
-        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
-        tile_function<ColumnByColumns, C>(tile_rows, vecs)(s.scores + m, kBlockQueries, v.data + d, v.stride, seen,
-                                                           s.accumulator + m * padded_depth + d, padded_depth,
-                                                           rescale ? rescale + m : nullptr);
-      }
-    }
+    Products::sum_over_keys(Products::weights_for_keys(s.scores, n, padded_rows),
+                            Products::summed_rows(values, stride, n, depth, s.values), n, rows, padded_depth, hidden, rescale,
+                            s.accumulator);
   }
-
-#if LAK_HAS_PAIRS
-  void score_pairs(const BFloat16* keys, int64_t stride, int64_t n, int64_t hidden) {
-    const uint32_t* queries = reinterpret_cast<const uint32_t*>(s.query_t);
-    for (int64_t t = 0; t < n; t += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, n - t);
-      const int64_t m0 = smaller(larger(hidden + t, 0), padded_rows) / kLane * kLane;
-      for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLane) {
-        const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLane);
-        pair_tile_function<PairRowByColumns>(tile_rows, vecs)(keys + t * stride, stride, queries + m, kBlockQueries, depth,
-                                                              static_cast<C>(p.scale), s.scores + t * kBlockQueries + m,
-                                                              kBlockQueries);
-      }
-    }
-  }
-
-  void accumulate_pairs(const BFloat16* values, int64_t stride, int64_t n, const C* rescale, int64_t hidden) {
-    uint32_t* v = reinterpret_cast<uint32_t*>(s.values);
-    interleave_rows(values, stride, n, depth, padded_depth, v);
-    pack_probabilities(s.scores, n, padded_rows, kBlockQueries);
-    const uint32_t* probabilities = reinterpret_cast<const uint32_t*>(s.scores);
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t tile_rows = smaller(kTileRows, rows - m);
-      const int64_t pairs = (seen_keys(n, m + tile_rows, hidden) + 1) / 2;
-      for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
-        const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
-        pair_tile_function<PairColumnByColumns>(tile_rows, vecs)(probabilities + m, kBlockQueries, v + d, padded_depth, pairs,
-                                                                 s.accumulator + m * padded_depth + d, padded_depth,
-                                                                 rescale ? rescale + m : nullptr);
-      }
-    }
-  }
-#endif
 
   // S_p^T for prefix slots [slot, slot + n).
   void prefix_scores(int64_t slot, int64_t n) {
@@ -245,41 +182,42 @@ class ForwardBlock {
   const ZeroGateParams& p;
   const Sequence& seq;
   const int64_t batch, head_q, head_kv, q0, rows, padded_rows, depth, padded_depth;
-  const bool in_pairs;
-  const ForwardScratch<T>& s;
+  const C scale;
+  const ForwardScratch<C>& s;
 };
 
-template <class T>
+template <class C>
 int64_t scratch_bytes(int64_t head_dim) {
   Scratch counter(nullptr);
-  ForwardScratch<T> scratch(counter, head_dim);
+  ForwardScratch<C> scratch(counter, head_dim);
   return counter.used();
 }
 
-template <class T>
-void forward_typed(const ZeroGateParams& p, const Parallel& parallel) {
+template <class Products>
+void forward_with(const ZeroGateParams& p, const Parallel& parallel) {
+  using C = typename Products::C;
   const int64_t blocks = (p.seq_q + kBlockQueries - 1) / kBlockQueries;
-  const int64_t bytes = scratch_bytes<T>(p.head_dim);
+  const int64_t bytes = scratch_bytes<C>(p.head_dim);
   run_tasks(parallel, p.batch * p.heads_q * blocks, [&](int64_t task, int64_t worker) {
     // The blocks of one head follow each other, so that its keys and values stay in cache; the last, longest one first.
     const int64_t block = blocks - 1 - task % blocks, head = task / blocks % p.heads_q, b = task / blocks / p.heads_q;
     const Sequence sequence = sequence_of(p, b);
     if (block * kBlockQueries >= sequence.queries) return;
     Scratch memory(static_cast<char*>(p.workspace) + worker * bytes);
-    const ForwardScratch<T> scratch(memory, p.head_dim);
-    ForwardBlock<T>(p, sequence, b, head, block * kBlockQueries, scratch).run();
+    const ForwardScratch<C> scratch(memory, p.head_dim);
+    ForwardBlock<Products>(p, sequence, b, head, block * kBlockQueries, scratch).run();
   });
 }
 
 }  // namespace
 
 int64_t forward_workspace(const ZeroGateParams& p, int threads) {
-  return threads * with_storage_type(p.dtype, [&](auto type) { return scratch_bytes<decltype(type)>(p.head_dim); });
+  return threads * with_products(p, [&](auto products) { return scratch_bytes<typename decltype(products)::C>(p.head_dim); });
 }
 
 void forward(const ZeroGateParams& p, const Parallel& parallel) {
-  with_storage_type(p.dtype, [&](auto type) {
-    forward_typed<decltype(type)>(p, parallel);
+  with_products(p, [&](auto products) {
+    forward_with<decltype(products)>(p, parallel);
     return 0;
   });
 }

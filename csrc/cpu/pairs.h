@@ -1,5 +1,5 @@
-// Products of bfloat16 in pairs along the summed dimension, for CPUs with vdpbf16ps: half the loads of the float32 tiles, and
-// K is read as it lies in memory. A pair is two bfloat16 in 32 bits, the first one low. Sums are float32.
+// Tiles of products of bfloat16 in pairs along the summed dimension, for CPUs with vdpbf16ps: twice the products of the
+// float32 tiles for each instruction and each load. A pair is two bfloat16 in 32 bits, the first one low. Sums are float32.
 #pragma once
 
 #include "tiles.h"
@@ -11,8 +11,8 @@ namespace lak::cpu::LAK_ISA {
 
 using Pairs = IntVec<float>;
 
-LAK_INLINE Pairs load_pairs(const uint32_t* p) { return (Pairs)_mm512_loadu_si512(p); }
-LAK_INLINE void store_pairs(uint32_t* p, Pairs v) { _mm512_storeu_si512(p, (__m512i)v); }
+LAK_INLINE Pairs load_pairs(const uint32_t* p) { return (Pairs)load(reinterpret_cast<const float*>(p)); }
+LAK_INLINE void store_pairs(uint32_t* p, Pairs v) { store(reinterpret_cast<float*>(p), (Vec<float>)v); }
 
 // sum + low * low + high * high. The instruction rounds after each product and flushes denormals. The stand-in, which tests
 // use on a CPU without it, keeps denormals: a difference of 1e-38.
@@ -33,11 +33,9 @@ LAK_INLINE Pairs to_pairs(Vec<float> low, Vec<float> high) {
   return ((rounded_a >> 16) & 0xffff) | (rounded_b & static_cast<int32_t>(0xffff0000u));
 }
 
-// 16 elements of each of two rows: pairs of what is above one another.
+// A vector's elements of each of two rows: pairs of what is above one another. A widened bfloat16 is its bits, 16 up.
 LAK_INLINE Pairs interleave(const BFloat16* low, const BFloat16* high) {
-  const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
-  const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
-  return (Pairs)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+  return (((Pairs)load_wide(low) >> 16) & 0xffff) | (Pairs)load_wide(high);
 }
 
 LAK_INLINE uint32_t pair_at(const BFloat16* p) {
@@ -81,35 +79,46 @@ inline void interleave_rows(const BFloat16* from, int64_t stride, int64_t rows, 
   }
 }
 
-// Probabilities [n][ld] become pairs of rows, [ceil(n / 2)][ld], in place.
-inline void pack_probabilities(float* scores, int64_t n, int64_t padded_rows, int64_t ld) {
-  uint32_t* to = reinterpret_cast<uint32_t*>(scores);
+// Rows of [n][ld] become pairs of rows, [ceil(n / 2)][ld], in place.
+inline void pack_rows_in_pairs(float* weights, int64_t n, int64_t columns, int64_t ld) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(weights);
   for (int64_t t = 0; t < n; t += 2) {
-    for (int64_t m = 0; m < padded_rows; m += kLanes<float>) {
-      const Vec<float> low = load(scores + t * ld + m), high = t + 1 < n ? load(scores + (t + 1) * ld + m) : Vec<float>{};
+    for (int64_t m = 0; m < columns; m += kLanes<float>) {
+      const Vec<float> low = load(weights + t * ld + m), high = t + 1 < n ? load(weights + (t + 1) * ld + m) : Vec<float>{};
       store_pairs(to + t / 2 * ld + m, to_pairs(low, high));
     }
   }
 }
 
-// out[r][0 .. VECS) = factor * sum_k a[r][k] b[k][..] over `depth` elements: rows of a lie in storage, b holds pairs.
+// The first `columns` (whole vectors) of [n][ld], rounded to bfloat16.
+inline void narrow_weights(const float* weights, int64_t n, int64_t columns, int64_t ld, BFloat16* to) {
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t m = 0; m < columns; m += kLanes<float>) store_narrow(to + t * ld + m, load(weights + t * ld + m));
+  }
+}
+
+// out[r][0 .. VECS) (+)= factor * sum_k a[r][k] b[k][..] over `pairs` pairs along k: two neighbours in a row of a are one.
 template <int ROWS, int VECS>
 struct PairRowByColumns {
-  static void run(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth, float factor, float* out,
-                  int64_t ldo) {
-    Vec<float> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<float>{};
-    for (int64_t k = 0; k < depth / 2; ++k) {
+  static void run(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs, float factor, float* out,
+                  int64_t ldo, bool add) {
+    Vec<float> sum[ROWS * VECS];
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
+    for (int64_t k = 0; k < pairs; ++k) {
       Pairs column[VECS];
-      for (int v = 0; v < VECS; ++v) column[v] = load_pairs(b + k * ldb + v * kLanes<float>);
-      for (int r = 0; r < ROWS; ++r) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(pair_at(a + r * lda + 2 * k));
-        for (int v = 0; v < VECS; ++v) sum[r][v] = dot_pairs(sum[r][v], x, column[v]);
-      }
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
+          sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]);
+        });
+      });
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) store(out + r * ldo + v * kLanes<float>, sum[r][v] * broadcast(factor));
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
+      float* to = out + i / VECS * ldo + i % VECS * kLanes<float>;
+      const Vec<float> product = sum[i] * broadcast(factor);
+      store(to, add ? load(to) + product : product);
+    });
   }
 };
 
@@ -118,24 +127,25 @@ template <int ROWS, int VECS>
 struct PairColumnByColumns {
   static void run(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs, float* out, int64_t ldo,
                   const float* rescale) {
-    Vec<float> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<float>{};
+    Vec<float> sum[ROWS * VECS];
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
     for (int64_t k = 0; k < pairs; ++k) {
       Pairs column[VECS];
-      for (int v = 0; v < VECS; ++v) column[v] = load_pairs(b + k * ldb + v * kLanes<float>);
-      for (int r = 0; r < ROWS; ++r) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(a[k * lda + r]);
-        for (int v = 0; v < VECS; ++v) sum[r][v] = dot_pairs(sum[r][v], x, column[v]);
-      }
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
+          sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]);
+        });
+      });
     }
-    for (int r = 0; r < ROWS; ++r) {
+    unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
       const Vec<float> factor = broadcast(rescale ? rescale[r] : 1.0f);
-      for (int v = 0; v < VECS; ++v) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
         float* to = out + r * ldo + v * kLanes<float>;
-        store(to, load(to) * factor + sum[r][v]);
-      }
-    }
+        store(to, load(to) * factor + sum[r * VECS + v]);
+      });
+    });
   }
 };
 

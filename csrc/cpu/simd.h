@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -27,6 +28,16 @@ inline constexpr int kVectorBytes = 16;
 #endif
 
 #define LAK_INLINE inline __attribute__((always_inline))
+#define LAK_INLINE_LAMBDA __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) with constants. An array of vectors indexed by nothing but constants lives in registers from end to
+// end; indexed by a loop's counter it is stored before the loop and after it, even where the compiler unrolls that loop.
+template <int N, class F>
+LAK_INLINE void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) LAK_INLINE_LAMBDA {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
 
 template <class C>
 struct VectorOf;
@@ -61,6 +72,16 @@ LAK_INLINE void store(C* p, Vec<C> v) {
 template <class C>
 LAK_INLINE Vec<C> broadcast(C x) {
   return x - Vec<C>{};  // a splat: x - 0 is x for every x, -0 included
+}
+// The same value, loaded once: the compiler would rather read it from memory again in every instruction that uses it.
+template <class C>
+LAK_INLINE Vec<C> in_register(Vec<C> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 template <class C>
 LAK_INLINE Vec<C> maximum(Vec<C> a, Vec<C> b) {

@@ -24,23 +24,20 @@ template <class C, int ROWS, int VECS>
 struct RowByColumns {
   static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth,
                   C* __restrict out, int64_t ldo, bool add) {
-    Vec<C> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<C>{};
+    Vec<C> sum[ROWS * VECS];
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
       Vec<C> column[VECS];
-      for (int v = 0; v < VECS; ++v) column[v] = load(b + k * ldb + v * kLanes<C>);
-      for (int r = 0; r < ROWS; ++r) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Vec<C> x = broadcast(a[r * lda + k]);
-        for (int v = 0; v < VECS; ++v) sum[r][v] += x * column[v];
-      }
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] += x * column[v]; });
+      });
     }
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECS; ++v) {
-        C* to = out + r * ldo + v * kLanes<C>;
-        store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-      }
-    }
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
+      C* to = out + i / VECS * ldo + i % VECS * kLanes<C>;
+      store(to, add ? load(to) + sum[i] : sum[i]);
+    });
   }
 };
 
@@ -49,24 +46,23 @@ template <class C, int ROWS, int VECS>
 struct ColumnByColumns {
   static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth,
                   C* __restrict out, int64_t ldo, const C* rescale) {
-    Vec<C> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) sum[r][v] = Vec<C>{};
+    Vec<C> sum[ROWS * VECS];
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
       Vec<C> column[VECS];
-      for (int v = 0; v < VECS; ++v) column[v] = load(b + k * ldb + v * kLanes<C>);
-      for (int r = 0; r < ROWS; ++r) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Vec<C> x = broadcast(a[k * lda + r]);
-        for (int v = 0; v < VECS; ++v) sum[r][v] += x * column[v];
-      }
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] += x * column[v]; });
+      });
     }
-    for (int r = 0; r < ROWS; ++r) {
+    unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
       const Vec<C> factor = broadcast(rescale ? rescale[r] : C(1));
-      for (int v = 0; v < VECS; ++v) {
+      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
         C* to = out + r * ldo + v * kLanes<C>;
-        store(to, load(to) * factor + sum[r][v]);
-      }
-    }
+        store(to, load(to) * factor + sum[r * VECS + v]);
+      });
+    });
   }
 };
 
