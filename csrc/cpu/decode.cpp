@@ -77,23 +77,23 @@ int64_t bytes_of(const Sizes& z) {
 }
 
 // Lane i: the horizontal sum of v[i]. Each round halves the number of vectors by adding interleaved halves of two.
-template <class C>
+template <class C, int HALF = 1>
 LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
-  using I = IntVec<C>;
   constexpr int lanes = kLanes<C>;
-#pragma GCC unroll 4
-  for (int half = 1; half < lanes; half *= 2) {
-    I low{}, high{};
+  if constexpr (HALF == lanes) {
+    return v[0];
+  } else {
+    IntVec<C> low{}, high{};
     for (int lane = 0; lane < lanes; ++lane) {  // lane >= lanes selects from the second operand
-      low[lane] = lane & half ? lane - half + lanes : lane;
-      high[lane] = lane & half ? lane + lanes : lane + half;
+      low[lane] = lane & HALF ? lane - HALF + lanes : lane;
+      high[lane] = lane & HALF ? lane + lanes : lane + HALF;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < lanes; i += 2 * half) {
-      v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
-    }
+    unrolled<lanes / (2 * HALF)>([&](auto pair) LAK_INLINE_LAMBDA {
+      constexpr int i = 2 * HALF * pair;
+      v[i] = __builtin_shuffle(v[i], v[i + HALF], low) + __builtin_shuffle(v[i], v[i + HALF], high);
+    });
+    return sum_each<C, 2 * HALF>(v);
   }
-  return v[0];
 }
 
 template <class C, class Combine>
@@ -107,12 +107,21 @@ LAK_INLINE C reduce(Vec<C> v, const Combine& combine) {
   return v[0];
 }
 
-// Rows that will be read next.
+// Rows that will be read next. Several passes over a tile each prefetch a share of them, so that memory is busy from the
+// first pass to the last.
 struct Ahead {
-  const char* data;
-  int64_t stride, rows, bytes;  // bytes from row to row, and of a row
-  LAK_INLINE void prefetch(int64_t row) const {
-    if (row >= rows) return;
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;  // bytes from row to row, and of a row
+  int64_t due = 0, every = 1;               // the next row of this share, and the distance to the one after
+
+  Ahead share(int64_t index, int64_t shares) const {
+    return {data, stride, rows, bytes, due + index * every, every * shares};
+  }
+
+  // Called for one row of the present tile after the other.
+  LAK_INLINE void prefetch(int64_t row) {
+    if (row != due || row >= rows) return;
+    due += every;
     const char* line = data + row * stride;
     for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(line + i);
   }
@@ -238,8 +247,9 @@ class DecodeRows {
         if (row == 0 && whole != depth) tile_of(v_view, b, k0, n, s.value_tail);
         const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, k0), v_view.stride_row,
                             whole == depth ? nullptr : s.value_tail, n};
-        weighted_sum(v, count, rescale, state.accumulator + row * padded_depth, keys_ahead);
-        values_ahead.rows = keys_ahead.rows = 0;  // the other chunks find the tile in cache
+        const int64_t chunks = (rows + kChunk - 1) / kChunk;
+        weighted_sum(v, count, rescale, state.accumulator + row * padded_depth, keys_ahead.share(row / kChunk, chunks));
+        values_ahead.rows = 0;  // the first chunk's sums read them all
       }
     }
   }
@@ -262,33 +272,33 @@ class DecodeRows {
     return tail ? &DecodeRows::dot_products_of<ROWS, true> : &DecodeRows::dot_products_of<ROWS, false>;
   }
 
-  // TAIL is a template argument and the sums are cleared one by one so that they live in registers from end to end.
+  // TAIL is a template argument so that the sums live in registers from end to end.
   template <int ROWS, bool TAIL>
-  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, C* scores, const Ahead& next) {
+  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, C* scores, Ahead next) {
     constexpr int keys = kLanes<C> / ROWS;
     for (int64_t t = 0; t < k.count; t += keys) {
       const T* key[keys];
-      for (int i = 0; i < keys; ++i) {
+      unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA {
         key[i] = k.data + smaller(t + i, k.count - 1) * k.stride;
         next.prefetch(t + i);
-      }
+      });
       Vec<C> sum[ROWS * keys];  // [row][key]
-      for (int i = 0; i < ROWS * keys; ++i) sum[i] = Vec<C>{};
-      const auto add = [&](int64_t d, const auto& element) __attribute__((always_inline)) {
+      unrolled<ROWS * keys>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+      const auto add = [&](int64_t d, const auto& element) LAK_INLINE_LAMBDA {
         Vec<C> x[keys];
-        for (int i = 0; i < keys; ++i) x[i] = element(i);
-        for (int r = 0; r < ROWS; ++r) {
-          const Vec<C> q = load(query + r * padded_depth + d);
-          for (int i = 0; i < keys; ++i) sum[r * keys + i] += q * x[i];
-        }
+        unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { x[i] = element(i); });
+        unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+          const Vec<C> q = in_register<C>(load(query + r * padded_depth + d));
+          unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { sum[r * keys + i] += q * x[i]; });
+        });
       };
       for (int64_t d = 0; d < whole; d += kLane) {
-        add(d, [&](int i) __attribute__((always_inline)) { return load_wide(key[i] + d); });
+        add(d, [&](auto i) LAK_INLINE_LAMBDA { return load_wide(key[i] + d); });
       }
       if constexpr (TAIL) {
         const C* tail = k.tail;
         const int64_t last = k.count - 1;
-        add(whole, [&](int i) __attribute__((always_inline)) { return load(tail + smaller(t + i, last) * kLane); });
+        add(whole, [&](auto i) LAK_INLINE_LAMBDA { return load(tail + smaller(t + i, last) * kLane); });
       }
       alignas(kVectorBytes) C each[kLane];
       store(each, sum_each<C>(sum));
@@ -327,43 +337,40 @@ class DecodeRows {
   }
 
   template <int ROWS>
-  void weighted_sum_of(const TileRows<T>& v, const C* rescale, C* out, Ahead next) {
+  void weighted_sum_of(const TileRows<T>& v, const C* rescale, C* out, const Ahead& next) {
     const int64_t d = columns<ROWS, (ROWS > 2 ? 1 : 2) * kTileVecs>(v, 0, rescale, out, next);
-    if (v.tail) block<ROWS, 1>(v.tail, kLane, v.count, rescale, out + d, next);
+    if (v.tail) block<ROWS, 1>(v.tail, kLane, v.count, rescale, out + d, Ahead{});
   }
 
   template <int ROWS, int VECS>
-  int64_t columns(const TileRows<T>& v, int64_t d, const C* rescale, C* out, Ahead& next) {
-    for (; d + VECS * kLane <= whole; d += VECS * kLane) {
-      block<ROWS, VECS>(v.data + d, v.stride, v.count, rescale, out + d, next);
+  int64_t columns(const TileRows<T>& v, int64_t d, const C* rescale, C* out, const Ahead& next) {
+    constexpr int64_t width = VECS * kLane;
+    for (; d + width <= whole; d += width) {
+      block<ROWS, VECS>(v.data + d, v.stride, v.count, rescale, out + d, next.share(d / width, whole / width));
     }
-    if constexpr (VECS > 1) return columns<ROWS, VECS / 2>(v, d, rescale, out, next);
+    if constexpr (VECS > 1) return columns<ROWS, VECS / 2>(v, d, rescale, out, d == 0 ? next : Ahead{});
     else return d;
   }
 
   // Sums begin at zero and meet the old ones at the end: short chains of additions round less.
   template <int ROWS, int VECS, class S>
-  __attribute__((noinline)) void block(const S* v, int64_t stride, int64_t n, const C* rescale, C* out, Ahead& next) {
-    Vec<C> sum[ROWS][VECS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < VECS; ++i) sum[r][i] = Vec<C>{};
+  __attribute__((noinline)) void block(const S* v, int64_t stride, int64_t n, const C* rescale, C* out, Ahead next) {
+    Vec<C> sum[ROWS * VECS];
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    const C* weights = s.scores;
     for (int64_t t = 0; t < n; ++t) {
       next.prefetch(t);
       Vec<C> value[VECS];
-      for (int i = 0; i < VECS; ++i) value[i] = load_wide(v + t * stride + i * kLane);
-      for (int r = 0; r < ROWS; ++r) {
-        const Vec<C> x = broadcast(s.scores[r * kTileKeys + t]);
-        for (int i = 0; i < VECS; ++i) sum[r][i] += x * value[i];
-      }
+      unrolled<VECS>([&](auto i) LAK_INLINE_LAMBDA { value[i] = load_wide(v + t * stride + i * kLane); });
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+        const Vec<C> x = broadcast(weights[r * kTileKeys + t]);
+        unrolled<VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[r * VECS + i] += x * value[i]; });
+      });
     }
-    for (int64_t t = n; t < next.rows; ++t) next.prefetch(t);
-    next.rows = 0;
-    for (int r = 0; r < ROWS; ++r) {
-      for (int i = 0; i < VECS; ++i) {
-        C* to = out + r * padded_depth + i * kLane;
-        store(to, load(to) * broadcast(rescale[r]) + sum[r][i]);
-      }
-    }
+    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
+      C* to = out + i / VECS * padded_depth + i % VECS * kLane;
+      store(to, load(to) * broadcast(rescale[i / VECS]) + sum[i]);
+    });
   }
 
   const ZeroGateParams& p;
