@@ -222,6 +222,7 @@ def ours(prepare: Callable[[str, Problem, bool], Prepared]) -> list[Peer[Problem
     return [
         Peer(f"ours-{backend}{'' if prefix else '-p0'}", f"{_kind(backend)} ({backend}{'' if prefix else ', no prefix'})",
              partial(prepare, backend), prefix=prefix, ours=True, quick=backend != "reference",
+             products=backend == "reference",
              reason=partial(_ours_reason, backend))
         for backend in backends.BACKENDS for prefix in (True, False)
     ]  # fmt: skip
@@ -232,11 +233,11 @@ _SDPA: list[Peer[Problem]] = [
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_sdpa, None), quick=True),
     *(
         Peer(f"two-sdpa-{name}", f"two SDPA calls ({name})", partial(_prepare_sdpa, backend),
-             reason=partial(sdpa_reason, name))
+             products=name == "math", reason=partial(sdpa_reason, name))
         for name, backend in SDPA_BACKENDS.items()
     ),
 ]  # fmt: skip
-_EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager)]
+_EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager, products=True)]
 
 ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
              *ours(prepare_ours)]  # fmt: skip

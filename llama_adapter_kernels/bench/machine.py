@@ -5,6 +5,8 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,19 @@ def cache_bytes() -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     found = [int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes if size[-1:] in "KM" and size]
     return max(found, default=32 << 20)
+
+
+@cache
+def product_rate(dtype: str) -> float:
+    """FLOP/s of a small matrix product on this CPU. Without instructions for it torch multiplies bfloat16 matrices a
+    hundred times slower than float32 ones.
+    """
+    size = 256
+    left, right = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    torch.mm(left, right)
+    started = time.perf_counter()
+    torch.mm(left, right)
+    return 2.0 * size**3 / (time.perf_counter() - started)
 
 
 def commit() -> str | None:

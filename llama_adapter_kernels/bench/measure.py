@@ -27,7 +27,7 @@ Call = Callable[[], object]
 @dataclass(frozen=True)
 class Budget:
     """Seconds of measuring per race, and how many rounds that may be; three rounds suffice where four times the
-    seconds are gone."""
+    seconds are gone, and one call of what alone takes longer than that."""
 
     seconds: float
     least_rounds: int
@@ -37,7 +37,8 @@ class Budget:
 FULL = Budget(seconds=5.0, least_rounds=7, most_rounds=40)
 QUICK = Budget(seconds=1.0, least_rounds=5, most_rounds=15)
 _FEWEST_ROUNDS = 3
-_SLOW, _SLOW_EVERY = 5.0, 4  # times the fastest contestant; such a one takes part in every fourth round
+_OVERTIME = 4  # times the seconds of a race, when rounds are slow
+_SLOW, _SLOW_EVERY = 10.0, 4  # times the fastest contestant; such a one takes part in every fourth round
 
 
 def share(budget: Budget, seconds_left: float, races_left: int) -> Budget:
@@ -64,7 +65,7 @@ class Timing:
 
 
 def summarize(samples: list[float], repeats: int, note: str | None = None) -> Timing:
-    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+    first, median, third = statistics.quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
     return Timing(median, first, third, min(samples), len(samples), repeats, note)
 
 
@@ -233,14 +234,15 @@ def race(
             continue
         ready[name], repeats[name] = warm, clock.repeats(once, cold)
         cost[name] = once * repeats[name]
+    timed_already = {name for name, seconds in cost.items() if seconds > _OVERTIME * budget.seconds}
     slow = {name for name, seconds in cost.items() if seconds > _SLOW * min(cost.values())}
     started = time.perf_counter()
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    order, shuffle = list(ready), random.Random(0)
+    samples = {name: [cost[name] / repeats[name]] if name in timed_already else [] for name in ready}
+    order, shuffle = [name for name in ready if name not in timed_already], random.Random(0)
     for done in range(budget.most_rounds):
         spent = time.perf_counter() - started
         over = spent > budget.seconds and done >= budget.least_rounds
-        if over or (spent > 4 * budget.seconds and done >= _FEWEST_ROUNDS):
+        if over or (spent > _OVERTIME * budget.seconds and done >= _FEWEST_ROUNDS):
             break
         shuffle.shuffle(order)
         for name in order:

@@ -1,6 +1,7 @@
 """Contestants for an attention module and for a training step of a small Llama: plain, two SDPA calls, PEFT, ours."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -197,7 +198,7 @@ def _ours_reason(backend: str, packed: bool, problem: ModelProblem, backward: bo
     return _packed_reason(packed, problem, backward) or backends.unavailable_reason(backend, problem.device)
 
 
-MODEL: list[Peer[ModelProblem]] = [
+_MODEL: list[Peer[ModelProblem]] = [
     Peer("sdpa", "no adapter, plain SDPA", _prepare_plain, prefix=False, quick=True),
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_hook, "two-sdpa", two_sdpa, False), quick=True),
     Peer("peft", "PEFT AdaptionPrompt", _prepare_peft, quick=True),
@@ -220,3 +221,5 @@ MODEL: list[Peer[ModelProblem]] = [
         for backend in backends.BACKENDS if backend != "reference"
     ),
 ]  # fmt: skip
+# Projections and feed-forward layers are torch's, whoever computes the attention.
+MODEL = [replace(peer, products=True) for peer in _MODEL]

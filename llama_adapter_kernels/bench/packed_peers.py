@@ -116,7 +116,8 @@ PACKED: list[Peer[Problem]] = [
     Peer("two-sdpa", "two SDPA calls, padded to the longest", partial(_prepare_padded, "two-sdpa", None), quick=True),
     *(
         Peer(f"two-sdpa-{name}", f"two SDPA calls ({name}), padded to the longest",
-             partial(_prepare_padded, f"two-sdpa-{name}", None), reason=partial(attention_peers.sdpa_reason, name))
+             partial(_prepare_padded, f"two-sdpa-{name}", None), products=name == "math",
+             reason=partial(attention_peers.sdpa_reason, name))
         for name in attention_peers.SDPA_BACKENDS
     ),
     Peer("two-sdpa-512", "two SDPA calls, padded to 512", partial(_prepare_padded, "two-sdpa", LONGEST)),
@@ -124,6 +125,7 @@ PACKED: list[Peer[Problem]] = [
     Peer("two-varlen", "torch varlen_attn twice", _prepare_varlen_attn, reason=_varlen_attn_reason),
     Peer("flex", "flex_attention twice, padded to the longest", partial(_prepare_padded, "flex", None),
          reason=attention_peers.flex_on_gpu_reason),
-    Peer("eager-512", "eager, concatenated, padded to 512", partial(_prepare_padded, "eager", LONGEST)),
+    Peer("eager-512", "eager, concatenated, padded to 512", partial(_prepare_padded, "eager", LONGEST),
+         products=True),
     *attention_peers.ours(attention_peers.prepare_ours),
 ]  # fmt: skip

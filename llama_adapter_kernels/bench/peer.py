@@ -32,6 +32,7 @@ class Peer(Generic[ProblemType]):
     """prefix: False for those that compute attention without the adapter, the lower bound.
 
     prepare: (problem, whether a gradient will be asked for) -> Prepared; whatever it raises is the reason why not.
+    products: it calls torch's matrix product in the problem's dtype, which some CPUs have no instructions for.
     reason: (problem, backward) -> why it cannot run, None when it can, for what is known without trying.
     """
 
@@ -41,4 +42,5 @@ class Peer(Generic[ProblemType]):
     prefix: bool = True
     ours: bool = False
     quick: bool = False
+    products: bool = False
     reason: Callable[[ProblemType, bool], str | None] = lambda problem, backward: None

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels import testing
-from llama_adapter_kernels.bench import attention_peers, packed_peers
+from llama_adapter_kernels.bench import attention_peers, machine, packed_peers
 from llama_adapter_kernels.bench.cases import BenchCase, Mode
 from llama_adapter_kernels.bench.peer import Peer, Prepared
 from llama_adapter_kernels.bench.work import Work, attention_work
 from llama_adapter_kernels.testing import Deviation, Problem, Truth
+
+# Seconds that a call may take by the rate of matrix products: races have many contestants and rounds.
+LONGEST_CALL = 2.0
 
 
 class Workload(ABC):
@@ -42,7 +45,18 @@ class Workload(ABC):
         """Runs it once and compares with the reference in float64 (the rule of `testing`)."""
 
     def reason(self, peer: Peer[Any]) -> str | None:
-        return peer.reason(self.problem(peer.prefix), self.backward)
+        reason = peer.reason(self.problem(peer.prefix), self.backward)
+        return self._products_reason(peer) if reason is None and peer.products else reason
+
+    def _products_reason(self, peer: Peer[Any]) -> str | None:
+        if self.device.type != "cpu":
+            return None
+        rate = machine.product_rate(self.dtype)
+        seconds = self.work(peer.prefix).flop / rate
+        if seconds < LONGEST_CALL:
+            return None
+        measured = f"{rate / 1e9:.1f} GFLOP/s"
+        return f"torch multiplies {self.dtype} matrices at {measured} on this CPU: a call takes seconds or minutes"
 
     def prepare(self, peer: Peer[Any]) -> Prepared:
         return peer.prepare(self.problem(peer.prefix), self.backward)

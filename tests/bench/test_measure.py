@@ -31,6 +31,15 @@ def test_slow_contestants_take_part_in_fewer_rounds() -> None:
     assert timings["slow"].median == pytest.approx(3e-2, rel=0.5)
 
 
+def test_what_takes_longer_than_the_race_is_timed_once() -> None:
+    calls = {"fast": lambda: time.sleep(1e-3), "endless": lambda: time.sleep(0.1)}
+    timings, _ = race(calls, CpuClock(), Budget(seconds=0.02, least_rounds=3, most_rounds=4))
+    assert timings["endless"].rounds == 1
+    assert timings["endless"].spread == 0
+    assert timings["endless"].median == pytest.approx(0.1, rel=0.5)
+    assert timings["fast"].rounds >= 3
+
+
 def test_limited_time_is_shared() -> None:
     assert measure.share(FULL, float("inf"), 10) == FULL
     assert measure.share(FULL, 60.0, 10).seconds == 3.0

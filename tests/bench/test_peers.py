@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels import testing
-from llama_adapter_kernels.bench import attention_peers, model_peers, packed_peers, runner
+from llama_adapter_kernels.bench import attention_peers, machine, model_peers, packed_peers, runner
 from llama_adapter_kernels.bench.cases import BenchCase, ModelShape
 from llama_adapter_kernels.bench.measure import Budget, CpuClock
 from llama_adapter_kernels.bench.peer import Peer, Prepared
@@ -63,6 +63,19 @@ def test_model_contestants(kind: str) -> None:
         if workload.reason(peer) is None:
             assert call is not None, (peer.name, entry.reason)
             call()
+
+
+def test_a_cpu_without_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a call of what multiplies matrices in bfloat16 takes minutes; attention kernels convert, they take part."""
+    monkeypatch.setattr(machine, "product_rate", lambda dtype: 1e3)
+    workload = make_workload(SMALL["attention"], "forward", "bfloat16", CPU)
+    refused = {peer.name for peer in workload.peers if "bfloat16 matrices" in (workload.reason(peer) or "")}
+    assert refused == {"eager", "two-sdpa-math", "ours-reference", "ours-reference-p0"}
+    case, mode = MODELS["module"]
+    model = make_workload(case, mode, "bfloat16", CPU)
+    assert all(model.reason(peer) for peer in model.peers)
+    monkeypatch.setattr(machine, "product_rate", lambda dtype: 1e12)
+    assert not any("matrices" in (workload.reason(peer) or "") for peer in workload.peers)
 
 
 def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
