@@ -156,14 +156,18 @@ def bench_check(
     if record:
         regression.record_bars(bars, name, runs)
         typer.echo(f"written: {bars} ({len(runs)} races on {name})")
-    for verdict in verdicts:
-        if not record:
+        for verdict in verdicts:
+            if verdict.ratio is None:
+                typer.echo(f"no bar for {verdict.race}: not timed")
+        failed = any(entry.status == "wrong" for entry in found.measurements)
+    else:
+        for verdict in verdicts:
             typer.echo(f"{'ok  ' if verdict.ok else 'LOSS'} {verdict}")
-        elif not verdict.ok:
-            typer.echo(f"no bar for {verdict.race}: not timed")
-    if not all(verdict.ok for verdict in verdicts):
+        failed = not all(verdict.ok for verdict in verdicts)
+    if any(verdict.ratio is None for verdict in verdicts):
         for line in tables.remarks(found):
             typer.echo(line)
+    if failed:
         raise typer.Exit(1)
 
 

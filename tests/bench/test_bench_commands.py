@@ -21,6 +21,7 @@ class MadeUp:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **ours: list[float]) -> None:
         self.ours, self.ran = ours, []
+        self.not_timed = ("wrong", "differs from the reference: output: error 1")
         plans = [plan for plan in runner.plan(cases.select("cpu"), torch.device("cpu"))
                  if (plan.case.name, plan.mode, plan.dtype) in RACES]  # fmt: skip
         monkeypatch.setattr(runner, "plan", lambda *arguments: list(plans))
@@ -39,7 +40,7 @@ class MadeUp:
             time = times.pop(0) if len(times) > 1 else times[0]
             entry = measurement("ours-cpu", time, plan.case.name)
             if time is None:
-                entry.status, entry.reason = "wrong", "differs from the reference: output: error 1"
+                entry.status, entry.reason = self.not_timed
             yield [measurement("two-sdpa", 10.0, plan.case.name), measurement("sdpa", 9.0, plan.case.name), entry]
 
 
@@ -113,6 +114,16 @@ def test_record_says_what_got_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run.exit_code == 1
     assert "no bar for llama-7b forward float32: not timed" in run.output
     assert "WRONG, not timed: ours-cpu" in run.output
+
+
+def test_record_where_some_races_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = MadeUp(monkeypatch, llama_7b=[None], llama_1b=[4.0])
+    made_up.not_timed = ("unavailable", "no instructions for it")
+    path = tmp_path / "bars.json"
+    run = command("bench-check", "--bars", path, "--record")
+    assert run.exit_code == 0
+    assert "not run: ours-cpu (llama-7b forward float32): no instructions for it" in run.output
+    assert command("bench-check", "--bars", path).exit_code == 0  # the race that has no bar is no failure later
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from llama_adapter_kernels.bench import attention_peers, machine, model_peers, p
 from llama_adapter_kernels.bench.cases import BenchCase, ModelShape
 from llama_adapter_kernels.bench.measure import Budget, CpuClock
 from llama_adapter_kernels.bench.peer import Peer, Prepared
-from llama_adapter_kernels.bench.workload import AttentionWorkload, make_workload
+from llama_adapter_kernels.bench.workload import AttentionWorkload, make_workload, where_it_fits
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -76,6 +76,19 @@ def test_a_cpu_without_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(model.reason(peer) for peer in model.peers)
     monkeypatch.setattr(machine, "product_rate", lambda dtype: 1e12)
     assert not any("matrices" in (workload.reason(peer) or "") for peer in workload.peers)
+
+
+def test_truth_that_does_not_fit_is_computed_on_the_cpu() -> None:
+    tried = []
+
+    def truth(device: torch.device) -> str:
+        tried.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "truth"
+
+    assert where_it_fits(truth, torch.device("cuda")) == "truth"
+    assert tried == ["cuda", "cpu"]
 
 
 def test_flex_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
