@@ -181,6 +181,9 @@ CPU_ISA_VARIABLE = "LAK_CPU_ISA"
 
 
 def cpu_instruction_sets() -> tuple[list[str], str]:
-    """(instruction sets that run on this CPU, weakest first; the one in use)."""
+    """(instruction sets that run on this CPU, weakest first; the one in use, or why none is)."""
     usable = torch.ops.llama_adapter_kernels.cpu_instruction_sets().split()
-    return usable, os.environ.get(CPU_ISA_VARIABLE) or torch.ops.llama_adapter_kernels.cpu_instruction_set()
+    wanted = os.environ.get(CPU_ISA_VARIABLE)
+    if wanted and wanted not in usable:  # every call of a kernel raises
+        return usable, f"none, {CPU_ISA_VARIABLE}={wanted} is not one of them"
+    return usable, torch.ops.llama_adapter_kernels.cpu_instruction_set()

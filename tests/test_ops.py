@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
+from llama_adapter_kernels import ops, zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
 from llama_adapter_kernels.testing import Case, make_problem
 
 CASES = [Case(), Case(mask="bool", prefix="table", batch=4, gate="prefix"), Case(prefix="none", window="both"),
@@ -261,6 +261,16 @@ def test_backends() -> None:
         pass
     with pytest.raises(ValueError, match="expected at least one of"), lak.use_backend([]):
         pass
+
+
+def test_the_instruction_set_in_use_is_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ops.CPU_ISA_VARIABLE, raising=False)
+    usable, used = ops.cpu_instruction_sets()
+    assert used == usable[-1]
+    monkeypatch.setenv(ops.CPU_ISA_VARIABLE, "baseline")
+    assert ops.cpu_instruction_sets() == (usable, "baseline")
+    monkeypatch.setenv(ops.CPU_ISA_VARIABLE, "mmx")
+    assert ops.cpu_instruction_sets() == (usable, "none, LAK_CPU_ISA=mmx is not one of them")
 
 
 def test_use_backend_nests_and_ends_with_an_error() -> None:
