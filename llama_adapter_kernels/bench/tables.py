@@ -1,6 +1,6 @@
 """Tables: for the terminal, and the Markdown one that README shows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -120,22 +120,26 @@ _REMARKS = {"wrong": "WRONG, not timed", "unavailable": "not run", "timed": "tim
 
 
 def remarks(results: Results) -> list[str]:
-    """One line per contestant and reason, with the races it holds for: wrong results first, then those that did not run,
-    then those that ran in another way than the rest.
+    """One line per reason, with the contestants and the races it holds for: wrong results first, then those that did not
+    run, then those that ran in another way than the rest.
     """
-    found: dict[tuple[int, str, str], list[str]] = {}
+    races_of: dict[tuple[int, str, str], list[str]] = {}
     for entry in results.measurements:
         if entry.reason is not None:
-            key = (list(_REMARKS).index(entry.status), entry.peer, entry.reason)
-            found.setdefault(key, []).append(" ".join(entry.race))
-    races = len(results.races())
+            key = (list(_REMARKS).index(entry.status), entry.reason, entry.peer)
+            races_of.setdefault(key, []).append(" ".join(entry.race))
+    peers_of: dict[tuple[int, str, tuple[str, ...]], list[str]] = {}
+    for (kind, reason, peer), races in sorted(races_of.items()):
+        peers_of.setdefault((kind, reason, tuple(races)), []).append(peer)
+    count = len(results.races())
     return [
-        f"{list(_REMARKS.values())[kind]}: {peer} ({'every race' if len(where) == races else _some(where)}): {reason}"
-        for (kind, peer, reason), where in sorted(found.items())
+        f"{list(_REMARKS.values())[kind]}: {', '.join(peers)} "
+        f"({'every race' if len(races) == count else _some(races)}): {reason}"
+        for (kind, reason, races), peers in peers_of.items()
     ]
 
 
-def _some(where: list[str]) -> str:
+def _some(where: Sequence[str]) -> str:
     return ", ".join(where) if len(where) <= 3 else f"{len(where)} races"
 
 

@@ -162,11 +162,12 @@ def test_terminal_table_fits(width: int) -> None:
 
 def test_remarks() -> None:
     found = example()
+    found.measurements.insert(5, measurement("ours-triton", None))
     found.measurements[0].reason = "not captured as a graph: it synchronises"
     found.measurements[1].status, found.measurements[1].reason = "wrong", "differs"
     assert tables.remarks(found) == [
         "WRONG, not timed: two-sdpa (llama-7b forward float32): differs",
-        "not run: ours-cuda (llama-7b forward float32): no",
+        "not run: ours-cuda, ours-triton (llama-7b forward float32): no",
         "timed all the same: sdpa (llama-7b forward float32): not captured as a graph: it synchronises",
     ]
 
