@@ -52,7 +52,7 @@ sanitize: install
 # The report is written even where a contestant was wrong; the exit status tells.
 bench: install
 	file=bench-output/bench-$$(date +%Y%m%d-%H%M%S).json; \
-	$(BIN)/llama-adapter bench --minutes 9 --output $$file; status=$$?; \
+	$(BIN)/llama-adapter bench --minutes 8 --output $$file; status=$$?; \
 	$(BIN)/llama-adapter bench-report $$file --output bench-output/report && exit $$status
 
 bench-check: install

@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "zero_gate_params.h"
@@ -18,6 +20,18 @@ namespace lak {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// A RuntimeError in Python that says what is written here; torch's own macro puts function, file and line before it.
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+#define LAK_CHECK(condition, ...)               \
+  do {                                          \
+    if (!(condition)) ::lak::fail(__VA_ARGS__); \
+  } while (false)
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -33,7 +47,7 @@ inline DataType data_type_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16: return DataType::kBFloat16;
     case ScalarType::Half: return DataType::kFloat16;
     case ScalarType::Double: return DataType::kFloat64;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ", dtype_of(tensor));
+    default: fail(name, ": expected float32, bfloat16, float16 or float64, got ", dtype_of(tensor));
   }
 }
 
@@ -61,9 +75,9 @@ inline Tensor laid_out_like(const Tensor& result, const Tensor& input) {
 }
 
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& query) {
-  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query, ",
+  LAK_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query, ",
                   dtype_of(query), ", got ", dtype_of(tensor));
-  STD_TORCH_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
+  LAK_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
@@ -74,15 +88,15 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
     same = same && tensor.size(d) == size;
     text += (d++ ? ", " : "") + std::to_string(size);
   }
-  STD_TORCH_CHECK(same, name, ": expected shape ", text, "], got ", shape_of(tensor));
+  LAK_CHECK(same, name, ": expected shape ", text, "], got ", shape_of(tensor));
 }
 
 inline const int32_t* int32_data(const OptionalTensor& tensor, const char* name, int64_t size, const Tensor& query) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int, name, ": expected int32, got ", dtype_of(*tensor));
-  STD_TORCH_CHECK(tensor->device() == query.device(), name, ": expected the device of query");
+  LAK_CHECK(tensor->scalar_type() == ScalarType::Int, name, ": expected int32, got ", dtype_of(*tensor));
+  LAK_CHECK(tensor->device() == query.device(), name, ": expected the device of query");
   check_shape(*tensor, name, {size});
-  STD_TORCH_CHECK(size <= 1 || tensor->stride(0) == 1, name, ": expected a contiguous tensor");
+  LAK_CHECK(size <= 1 || tensor->stride(0) == 1, name, ": expected a contiguous tensor");
   return static_cast<const int32_t*>(tensor->const_data_ptr());
 }
 
@@ -110,7 +124,7 @@ inline MaskView mask_view_of(const Tensor& mask) {
     case ScalarType::BFloat16: type = MaskType::kBFloat16; break;
     case ScalarType::Half: type = MaskType::kFloat16; break;
     case ScalarType::Double: type = MaskType::kFloat64; break;
-    default: STD_TORCH_CHECK(false, "attn_mask: expected bool or a floating dtype, got ", dtype_of(mask));
+    default: fail("attn_mask: expected bool or a floating dtype, got ", dtype_of(mask));
   }
   return {mask.const_data_ptr(), mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3), type};
 }
@@ -128,10 +142,10 @@ struct OpArguments {
   // Checks everything that does not need the values of an integer tensor, and fills all but the outputs.
   ZeroGateParams params() {
     const int64_t rank = packed() ? 3 : 4;
-    STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
+    LAK_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
                     "cu_seqlens_q, cu_seqlens_k: expected both or neither");
-    STD_TORCH_CHECK(query.dim() == rank, "query: expected ", rank, " dimensions, got shape ", shape_of(query));
-    STD_TORCH_CHECK(key.dim() == rank, "key: expected ", rank, " dimensions, got shape ", shape_of(key));
+    LAK_CHECK(query.dim() == rank, "query: expected ", rank, " dimensions, got shape ", shape_of(query));
+    LAK_CHECK(key.dim() == rank, "key: expected ", rank, " dimensions, got shape ", shape_of(key));
 
     ZeroGateParams p{};
     p.dtype = data_type_of(query, "query");
@@ -143,12 +157,12 @@ struct OpArguments {
     p.total_q = query.size(rank - 3 + (packed() ? 0 : 1));
     p.total_k = key.size(rank - 3 + (packed() ? 0 : 1));
     if (packed()) {
-      STD_TORCH_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
+      LAK_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
                       "cu_seqlens_q: expected shape [batch + 1], got ", shape_of(*cu_seqlens_q));
-      STD_TORCH_CHECK(max_seqlen_q >= 0, "max_seqlen_q: expected >= 0, got ", max_seqlen_q);
-      STD_TORCH_CHECK(max_seqlen_k >= 0, "max_seqlen_k: expected >= 0, got ", max_seqlen_k);
-      STD_TORCH_CHECK(!key_start && !key_end, "key_start, key_end: not used with packed sequences");
-      STD_TORCH_CHECK(!attn_mask, "attn_mask: not used with packed sequences");
+      LAK_CHECK(max_seqlen_q >= 0, "max_seqlen_q: expected >= 0, got ", max_seqlen_q);
+      LAK_CHECK(max_seqlen_k >= 0, "max_seqlen_k: expected >= 0, got ", max_seqlen_k);
+      LAK_CHECK(!key_start && !key_end, "key_start, key_end: not used with packed sequences");
+      LAK_CHECK(!attn_mask, "attn_mask: not used with packed sequences");
       p.batch = cu_seqlens_q->size(0) - 1;
       // A generous bound costs nothing: no sequence is longer than all of them together.
       p.seq_q = std::min(max_seqlen_q, p.total_q);
@@ -162,8 +176,9 @@ struct OpArguments {
       check_shape(key, "key", {p.batch, p.heads_kv, p.seq_k, p.head_dim});
       check_shape(value, "value", {p.batch, p.heads_kv, p.seq_k, p.head_dim});
     }
-    STD_TORCH_CHECK(p.head_dim >= 1, "query: expected head_dim >= 1, got shape ", shape_of(query));
-    STD_TORCH_CHECK(p.heads_kv >= 1 && p.heads_q % p.heads_kv == 0, "key: expected a number of heads that divides the ",
+    LAK_CHECK(p.head_dim >= 1, "query: expected head_dim >= 1, got shape ", shape_of(query));
+    LAK_CHECK(p.heads_q >= 1, "query: expected at least one head, got shape ", shape_of(query));
+    LAK_CHECK(p.heads_kv >= 1 && p.heads_q % p.heads_kv == 0, "key: expected a number of heads that divides the ",
                     p.heads_q, " of query, got ", p.heads_kv);
     check_like(key, "key", query);
     check_like(value, "value", query);
@@ -173,7 +188,7 @@ struct OpArguments {
 
     fill_prefix(p);
     if (attn_mask) {
-      STD_TORCH_CHECK(attn_mask->device() == query.device(), "attn_mask: expected the device of query");
+      LAK_CHECK(attn_mask->device() == query.device(), "attn_mask: expected the device of query");
       check_shape(*attn_mask, "attn_mask", {p.batch, p.heads_q, p.seq_q, p.seq_k});
       p.mask = mask_view_of(*attn_mask);
     }
@@ -186,13 +201,13 @@ struct OpArguments {
 
  private:
   void fill_prefix(ZeroGateParams& p) {
-    STD_TORCH_CHECK(prefix_key.has_value() == prefix_value.has_value() && prefix_key.has_value() == gate.has_value(),
+    LAK_CHECK(prefix_key.has_value() == prefix_value.has_value() && prefix_key.has_value() == gate.has_value(),
                     "prefix_key, prefix_value, gate: expected all three or none");
     if (!prefix_key) {
-      STD_TORCH_CHECK(!prefix_index, "prefix_index: expected a prefix to choose from");
+      LAK_CHECK(!prefix_index, "prefix_index: expected a prefix to choose from");
       return;
     }
-    STD_TORCH_CHECK(prefix_key->dim() == 4, "prefix_key: expected 4 dimensions, got shape ", shape_of(*prefix_key));
+    LAK_CHECK(prefix_key->dim() == 4, "prefix_key: expected 4 dimensions, got shape ", shape_of(*prefix_key));
     p.prefix_count = prefix_key->size(0);
     p.prefix_length = prefix_key->size(2);
     check_shape(*prefix_key, "prefix_key", {p.prefix_count, p.heads_kv, p.prefix_length, p.head_dim});
@@ -200,14 +215,14 @@ struct OpArguments {
     check_shape(*gate, "gate", {p.prefix_count, p.heads_q});
     check_like(*prefix_key, "prefix_key", query);
     check_like(*prefix_value, "prefix_value", query);
-    STD_TORCH_CHECK(gate->scalar_type() == accumulator_type(query),
+    LAK_CHECK(gate->scalar_type() == accumulator_type(query),
                     "gate: expected float32, or float64 for a float64 query, got ", dtype_of(*gate));
-    STD_TORCH_CHECK(gate->device() == query.device(), "gate: expected the device of query");
+    LAK_CHECK(gate->device() == query.device(), "gate: expected the device of query");
     if (prefix_index) {
-      STD_TORCH_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ",
+      LAK_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ",
                       shape_of(*prefix_key));
     } else {
-      STD_TORCH_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch,
+      LAK_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch,
                       "prefix_key: expected a first dimension of 1 or ", p.batch,
                       " (one per sequence), or a prefix_index into the table; got shape ", shape_of(*prefix_key));
     }
@@ -243,11 +258,11 @@ inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p,
   };
   check_as_query(doutput, "doutput");
   check_as_query(output, "output");
-  STD_TORCH_CHECK(logsumexp.scalar_type() == accumulator_type(a.query) && logsumexp.device() == a.query.device(),
+  LAK_CHECK(logsumexp.scalar_type() == accumulator_type(a.query) && logsumexp.device() == a.query.device(),
                   "logsumexp: expected what forward returned");
   if (a.packed()) check_shape(logsumexp, "logsumexp", {p.heads_q, p.total_q});
   else check_shape(logsumexp, "logsumexp", {p.batch, p.heads_q, p.seq_q});
-  STD_TORCH_CHECK(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor");
+  LAK_CHECK(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor");
   doutput = with_dense_rows(doutput);
   output = with_dense_rows(output);
 }

@@ -12,7 +12,7 @@ namespace {
 void check_lengths(const int32_t* lengths, const char* name, int64_t batch, int64_t limit) {
   if (lengths == nullptr) return;
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= limit, name, ": expected values from 0 to ", limit, ", got ", lengths[b],
+    LAK_CHECK(lengths[b] >= 0 && lengths[b] <= limit, name, ": expected values from 0 to ", limit, ", got ", lengths[b],
                     " at position ", b);
   }
 }
@@ -20,14 +20,14 @@ void check_lengths(const int32_t* lengths, const char* name, int64_t batch, int6
 void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, const char* longest_name, const ZeroGateParams& p,
                       int64_t total, int64_t longest) {
   if (cu_seqlens == nullptr) return;
-  STD_TORCH_CHECK(cu_seqlens[0] == 0, name, ": expected to begin with 0, got ", cu_seqlens[0]);
+  LAK_CHECK(cu_seqlens[0] == 0, name, ": expected to begin with 0, got ", cu_seqlens[0]);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = static_cast<int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
-    STD_TORCH_CHECK(length >= 0, name, ": expected increasing offsets, got ", cu_seqlens[b + 1], " after ", cu_seqlens[b]);
-    STD_TORCH_CHECK(length <= longest, longest_name, ": expected at least ", length, ", the length of sequence ", b, ", got ",
+    LAK_CHECK(length >= 0, name, ": expected increasing offsets, got ", cu_seqlens[b + 1], " after ", cu_seqlens[b]);
+    LAK_CHECK(length <= longest, longest_name, ": expected at least ", length, ", the length of sequence ", b, ", got ",
                     longest);
   }
-  STD_TORCH_CHECK(cu_seqlens[p.batch] <= total, name, ": expected to end within the ", total, " packed tokens, got ",
+  LAK_CHECK(cu_seqlens[p.batch] <= total, name, ": expected to end within the ", total, " packed tokens, got ",
                   cu_seqlens[p.batch]);
 }
 
@@ -37,7 +37,7 @@ void check_values(const OpArguments& arguments, const ZeroGateParams& p) {
   check_cu_seqlens(p.cu_seqlens_q, "cu_seqlens_q", "max_seqlen_q", p, p.total_q, arguments.max_seqlen_q);
   check_cu_seqlens(p.cu_seqlens_k, "cu_seqlens_k", "max_seqlen_k", p, p.total_k, arguments.max_seqlen_k);
   for (int64_t b = 0; p.prefix_index != nullptr && b < p.batch; ++b) {
-    STD_TORCH_CHECK(p.prefix_index[b] >= -1 && p.prefix_index[b] < p.prefix_count, "prefix_index: expected values from -1 to ",
+    LAK_CHECK(p.prefix_index[b] >= -1 && p.prefix_index[b] < p.prefix_count, "prefix_index: expected values from -1 to ",
                     p.prefix_count - 1, ", got ", p.prefix_index[b], " at position ", b);
   }
 }
@@ -52,6 +52,15 @@ cpu::Parallel torch_threads() {
 void give_workspace(ZeroGateParams& params, Tensor& workspace) {
   // torch aligns CPU allocations to 64 bytes.
   params.workspace = workspace.numel() > 0 ? workspace.data_ptr() : nullptr;
+}
+
+// Rows after the last packed sequence belong to none. They become zero, so that neither an output nor a gradient holds what
+// memory held before. A gradient nobody asked for is [0] and stays.
+void clear_tail(const Tensor& packed, const int32_t* cu_seqlens, const ZeroGateParams& p) {
+  if (cu_seqlens == nullptr || packed.dim() != 3 || cu_seqlens[p.batch] == packed.size(0)) return;
+  Tensor without = packed;
+  Tensor tail = torch::stable::narrow(without, 0, cu_seqlens[p.batch], packed.size(0) - cu_seqlens[p.batch]);
+  torch::stable::zero_(tail);
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, OptionalTensor prefix_key,
@@ -71,6 +80,7 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, O
   Tensor workspace = new_workspace(query, cpu::forward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
   cpu::forward(params, parallel);
+  clear_tail(output, params.cu_seqlens_q, params);
   return {laid_out_like(output, query), logsumexp};
 }
 
@@ -94,6 +104,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   Tensor workspace = new_workspace(query, cpu::backward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
   cpu::backward(params, parallel);
+  clear_tail(gradients.query, params.cu_seqlens_q, params);
+  clear_tail(gradients.key, params.cu_seqlens_k, params);
+  clear_tail(gradients.value, params.cu_seqlens_k, params);
   const auto prefix = [](const Tensor& gradient, const OptionalTensor& input) {
     return input ? laid_out_like(gradient, *input) : gradient;
   };

@@ -111,7 +111,7 @@ def zero_gate_attention_varlen(
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
 
     Returns:
-        [T, Hq, D]. Tokens after the last sequence belong to none, their output is undefined.
+        [T, Hq, D]. Tokens after the last sequence belong to none, their output is 0.
 
     Raises:
         ValueError, RuntimeError: as `zero_gate_attention`.

@@ -196,3 +196,29 @@ def test_nan_in_a_mask_or_an_input_shows(backend: str) -> None:
     output = zero_gate_attention(q, k, v, pk, pv, gate, is_causal=True, backend=backend)
     assert output[0, 1, 7].isnan().all() and output.isnan().sum() == output.shape[-1]
     assert zero_gate_decode(q[:, :, 7:8], k, v, None, pk, pv, gate, backend=backend)[0, 1].isnan().all()
+
+
+def test_nan_in_an_input_shows_in_the_gradients(backend: str) -> None:
+    q, k, v, pk, pv, gate = tensors(Case())
+    q[0, 1, 7, 3] = torch.nan
+    _, dquery, dkey, dvalue, *_ = with_gradients(backend, [q, k, v, pk, pv, gate], is_causal=True)
+    kv_head = 1 // (q.shape[1] // k.shape[1])
+    assert dquery[0, 1, 7].isnan().all()
+    for gradient in (dkey, dvalue):
+        assert gradient[0, kv_head, :8].isnan().all() and not gradient[1:].isnan().any()
+
+
+def test_tokens_after_the_last_sequence_get_zeros(backend: str) -> None:
+    leaves = [torch.randn(10, 2, 16, requires_grad=True) for _ in range(3)]
+    bounds = torch.tensor([0, 3, 7])
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        output = zero_gate_attention_varlen(
+            *leaves, None, None, None, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=4, max_seqlen_k=4,
+            backend=backend,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result in (output.detach(), *gradients):
+        assert (result[7:] == 0).all() and (result[:7] != 0).all()

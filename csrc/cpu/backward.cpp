@@ -171,7 +171,7 @@ class BackwardTask {
     const C* saved = row_statistic<C>(p.logsumexp, batch, head, seq.first_query);
     for (int64_t i = 0; i < blocks * kBlockQueries; ++i) {
       // Rows that do not exist or saw no key: exp2(S - inf) makes every probability 0.
-      const bool sees_keys = i < seq.queries && saved[i] > -__builtin_huge_val();
+      const bool sees_keys = i < seq.queries && saved[i] != -__builtin_huge_val();
       s.logsumexp[i] = sees_keys ? saved[i] : C(__builtin_huge_val());
       s.delta[i] = 0;
     }
@@ -282,7 +282,7 @@ class BackwardTask {
     // Few keys: dP - D_w cancels, and dO O carries the rounding of O. Queries whose keys are all in this block take D_w from
     // the block itself.
     const bool all_here = k0 == seq.key_begin && (k0 + n == seq.key_end || m + kLane - hidden <= n);
-    const Vec<C> delta = all_here ? (sum > Vec<C>{} ? weighted / sum : Vec<C>{}) : load(s.delta + q0 + m);
+    const Vec<C> delta = all_here ? (sum == Vec<C>{} ? Vec<C>{} : weighted / sum) : load(s.delta + q0 + m);
     for (int64_t t = 0; t < seen; ++t) {
       C* d_at = s.dscores + t * kBlockQueries + m;
       store(d_at, load(s.scores + t * kBlockQueries + m) * (load(d_at) - delta));

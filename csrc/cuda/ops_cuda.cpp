@@ -20,7 +20,7 @@ class OnDeviceOf {
     cudaGetDevice(&previous_);
     if (device_ != previous_) cudaSetDevice(device_);
     void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "no current CUDA stream");
+    LAK_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "no current CUDA stream");
     stream_ = stream;
   }
   ~OnDeviceOf() {
@@ -35,7 +35,7 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
-void check_launch(int code) { STD_TORCH_CHECK(code == kLakSuccess, "llama_adapter_kernels (cuda): ", lak_cuda_error(code)); }
+void check_launch(int code) { LAK_CHECK(code == kLakSuccess, "llama_adapter_kernels (cuda): ", lak_cuda_error(code)); }
 
 // cp.async moves 16 aligned bytes: a view that begins or steps in between is copied. The copy has the strides that
 // empty_like gives for the view, so that results made like the copy are laid out as the fakes promise.
@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
                         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, is_causal};
   ZeroGateParams params = arguments.params();
   Tensor output = new_output(arguments);
+  if (arguments.packed()) torch::stable::zero_(output);  // tokens after the last sequence; where it ends only the GPU knows
   Tensor logsumexp = new_logsumexp(arguments, params);
   params.output = view_of(output);
   params.logsumexp = row_view_of(logsumexp);
