@@ -231,6 +231,8 @@ class DecodeRows {
               const Partial<C>& state, const Limit& limit) {
     for (int64_t row = 0; row < rows; ++row) state.maximum[row] = kMinusInfinity, state.sum[row] = 0;
     for (int64_t i = 0; i < rows * padded_depth; ++i) state.accumulator[i] = 0;
+    Ahead first_keys = ahead(k_view, b, begin, smaller(tile_keys, end - begin));  // nobody has asked for these yet
+    for (int64_t t = 0; t < first_keys.rows; ++t) first_keys.prefetch(t);
     for (int64_t k0 = begin; k0 < end; k0 += tile_keys) {
       const int64_t n = smaller(tile_keys, end - k0);
       Ahead values_ahead = ahead(v_view, b, k0, n);
@@ -338,7 +340,9 @@ class DecodeRows {
 
   template <int ROWS>
   void weighted_sum_of(const TileRows<T>& v, const C* rescale, C* out, const Ahead& next) {
-    const int64_t d = columns<ROWS, (ROWS > 2 ? 1 : 2) * kTileVecs>(v, 0, rescale, out, next);
+    // As many sums as leave registers for the values and a broadcast, of 32 (AVX-512) or 16.
+    constexpr int vecs = kVectorBytes == 64 ? (ROWS > 2 ? 4 : 8) : (ROWS > 2 ? 3 : 4);
+    const int64_t d = columns<ROWS, vecs>(v, 0, rescale, out, next);
     if (v.tail) block<ROWS, 1>(v.tail, kLane, v.count, rescale, out + d, Ahead{});
   }
 
@@ -348,7 +352,7 @@ class DecodeRows {
     for (; d + width <= whole; d += width) {
       block<ROWS, VECS>(v.data + d, v.stride, v.count, rescale, out + d, next.share(d / width, whole / width));
     }
-    if constexpr (VECS > 1) return columns<ROWS, VECS / 2>(v, d, rescale, out, d == 0 ? next : Ahead{});
+    if constexpr (VECS > 1) return columns<ROWS, (VECS + 1) / 2>(v, d, rescale, out, d == 0 ? next : Ahead{});
     else return d;
   }
 
