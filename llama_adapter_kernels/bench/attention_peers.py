@@ -237,7 +237,7 @@ _SDPA: list[Peer[Problem]] = [
         for name, backend in SDPA_BACKENDS.items()
     ),
 ]  # fmt: skip
-_EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager, products=True)]
+_EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager, products=True, quick=True)]
 
 ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
              *ours(prepare_ours)]  # fmt: skip
