@@ -188,6 +188,9 @@ def prefix_gradient_kernel(
         row_delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
         # Slots beyond P give rows of their own here, which are not stored.
         probabilities = tl.exp2(dot(prefix_k, tl.trans(q)) * scale_log2 - row_logsumexp[None, :])
+        # All slots are here, as a rule: their sum takes out what rounding of a large log-sum-exp did to all of them alike.
+        total = tl.sum(tl.where((slot < slots)[:, None], probabilities, 0.0), 0)
+        probabilities /= tl.where((prefix_length <= BLOCK_P) & (total > 0.0), total, 1.0)[None, :]
         dprefix_v = dot_add(probabilities.to(do.dtype), do, dprefix_v)
         dscores = probabilities * (dot(prefix_v, tl.trans(do)) - row_delta[None, :])
         dprefix_k = dot_add(dscores.to(q.dtype), q, dprefix_k)
