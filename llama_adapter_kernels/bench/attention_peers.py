@@ -161,9 +161,8 @@ def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
     compiled = torch.compile(both, dynamic=False, fullgraph=True)
 
     def call() -> Tensor:
-        words, adapted = compiled(
-            query, key, value, *prefix
-        )  # some of its CPU kernels refuse what follows as an epilogue
+        words, adapted = compiled(query, key, value, *prefix)
+        # Not compiled with the rest: some of its CPU kernels refuse this as an epilogue.
         return torch.addcmul(words, gate.to(words.dtype)[:, None, None], adapted)
 
     return Prepared(call, tensors, problem.doutput)
