@@ -163,7 +163,7 @@ def roofline(results: Results) -> Figure | None:
         intensities = [entry.flop / entry.bytes for entry in chosen]
         corner = gemm / memory_ceiling
         low, high = min(*intensities, corner) / 4, max(*intensities, corner) * 2
-        middle = (low * corner) ** 0.5
+        below_corner = low**0.2 * corner**0.8  # on the slope, with room for its label to the left
         roof = (low * memory_ceiling / unit, gemm / unit, gemm / unit)
         axes.plot([low, corner, high], roof, color="black", linewidth=1)
         axes.annotate(
@@ -171,7 +171,7 @@ def roofline(results: Results) -> Figure | None:
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
         axes.annotate(
-            f"memory {tables.rate(memory_ceiling, 'B/s')}", (middle, middle * memory_ceiling / unit), (-6, 6),
+            f"memory {tables.rate(memory_ceiling, 'B/s')}", (below_corner, below_corner * memory_ceiling / unit), (-6, 4),
             textcoords="offset points", fontsize=8, ha="right",
         )  # fmt: skip
         seen: set[tuple[str, str]] = set()
