@@ -3,7 +3,8 @@
 //
 // One task is one range of keys of one key/value head. For a tile of keys it computes the scores of all rows (a row is
 // one query of one query head), takes one online softmax step per row and adds P V. While a tile's keys are multiplied
-// its values are prefetched, and while its values are added up the next tile's keys. Whoever finishes the last range of
+// its values are prefetched, and while its values are added up the next tile's keys. Inside, head_dim has the order of
+// load_half: queries are put into it at the start, outputs taken out of it at the end. Whoever finishes the last range of
 // a head combines all of them in their order and adds the prefix. Ranges depend on a sequence's own keys and on the
 // number of rows: results are the same for every number of threads, and beside any other sequence.
 #include "kernel_table.h"
@@ -12,12 +13,15 @@
 namespace lak::cpu::LAK_ISA {
 namespace {
 
-// Keys of a tile: as many as fill 16 KiB, so that they and their values lie in L1 together.
-constexpr int64_t kTileBytes = 16 << 10, kFewestTileKeys = 32, kTileKeys = 256;  // the last: the most
+// Keys of a tile: as many as fill 4 KiB, but 16 at least. Small, because the next tile must arrive while this one is worked
+// on without driving it out of L1: on a Zen 3 16 KiB were read at 69% of the rate of a plain sum, 8 KiB at 73%, 4 KiB at 79%,
+// 2 KiB at 70% (four bfloat16 queries of 128 on each key).
+constexpr int64_t kTileBytes = 4 << 10, kFewestTileKeys = 16, kTileKeys = 256;  // the last: the most
 constexpr int64_t kCacheLine = 64;
-// Rows that share one read of a tile, in dot products with kLanes / rows keys: as many sums as a vector has lanes, so
-// that one tree of shuffles ends them all.
-constexpr int kChunk = 4;
+// The most rows that share one read of a tile. Their scores lie side by side, [key][row]: a vector holds some keys of all.
+template <class C>
+constexpr int kChunk = kLanes<C> < 4 ? kLanes<C> : 4;
+constexpr int kSoftmaxChains = 2;  // vectors in turn, so that one's latencies hide behind the others
 
 // How the keys that a sequence sees are cut into ranges.
 struct Ranges {
@@ -40,33 +44,37 @@ struct Ranges {
 
 // Sizes every task shares.
 struct Sizes {
-  int64_t rows, padded_depth, most_ranges;
+  int64_t rows, chunks, padded_depth, most_ranges;
 };
 
 template <class C>
 Sizes sizes_of(const ZeroGateParams& p) {
   const int64_t rows = p.heads_kv > 0 ? p.heads_q / p.heads_kv * p.seq_q : 0;
-  return {rows, round_up(p.head_dim, kLanes<C>), Ranges::most(p.seq_k, rows)};
+  const int64_t chunks = (rows + kChunk<C> - 1) / kChunk<C>;
+  return {rows, chunks, round_up(p.head_dim, 2 * kLanes<C>), Ranges::most(p.seq_k, rows)};
 }
 
 // The state of an online softmax over rows.
 template <class C>
 struct Partial {
-  C *maximum, *sum, *accumulator;  // [rows], [rows], [rows][padded_depth]
+  C *maximum, *sum;  // [chunks][kLanes]: a vector for the rows of a chunk, see softmax
+  C* accumulator;    // [chunks][kChunk][padded_depth]
   Partial(Scratch& s, const Sizes& z)
-      : maximum(s.take<C>(z.rows)), sum(s.take<C>(z.rows)), accumulator(s.take<C>(z.rows * z.padded_depth)) {}
+      : maximum(s.take<C>(z.chunks * kLanes<C>)), sum(s.take<C>(z.chunks * kLanes<C>)),
+        accumulator(s.take<C>(z.chunks * kChunk<C> * z.padded_depth)) {}
 };
 
 template <class C>
 struct DecodeScratch {
   Partial<C> prefix;
-  C* query;                  // [rows, padded to whole chunks with zeros][padded_depth], scaled
-  C* scores;                 // [kChunk][kTileKeys]
-  C *key_tail, *value_tail;  // [kTileKeys][kLanes]: what of head_dim does not fill a vector, padded with zeros
+  C* query;                  // [chunks][kChunk][padded_depth], scaled; zeros beyond the last row
+  C* ordered;                // [padded_depth]: an output row in the order of memory
+  C* scores;                 // [kTileKeys][kChunk]; what is written at once divides a full tile
+  C *key_tail, *value_tail;  // [kTileKeys][2 kLanes]: what of head_dim does not fill a pair, padded with zeros
   DecodeScratch(Scratch& s, const Sizes& z)
-      : prefix(s, z), query(s.take<C>(round_up(z.rows, kChunk) * z.padded_depth)),
-        scores(s.take<C>(kChunk * kTileKeys)), key_tail(s.take<C>(kTileKeys * kLanes<C>)),
-        value_tail(s.take<C>(kTileKeys * kLanes<C>)) {}
+      : prefix(s, z), query(s.take<C>(z.chunks * kChunk<C> * z.padded_depth)), ordered(s.take<C>(z.padded_depth)),
+        scores(s.take<C>(kTileKeys * kChunk<C>)), key_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)),
+        value_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)) {}
 };
 
 template <template <class> class Part, class C>
@@ -76,17 +84,25 @@ int64_t bytes_of(const Sizes& z) {
   return counter.used();
 }
 
-// Lane i: the horizontal sum of v[i]. Each round halves the number of vectors by adding interleaved halves of two.
+// Lane i: the horizontal sum of v[i], of kLanes vectors. Each round halves their number by adding lanes of two of them:
+// neighbours (which one instruction brings together) until every 16 bytes hold the sums of their own vectors, then whole 16
+// bytes.
 template <class C, int HALF = 1>
-LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
-  constexpr int lanes = kLanes<C>;
+LAK_INLINE Vec<C> sum_each(Vec<C>* v) {
+  constexpr int lanes = kLanes<C>, inner = 16 / static_cast<int>(sizeof(C));
   if constexpr (HALF == lanes) {
     return v[0];
   } else {
-    IntVec<C> low{}, high{};
-    for (int lane = 0; lane < lanes; ++lane) {  // lane >= lanes selects from the second operand
-      low[lane] = lane & HALF ? lane - HALF + lanes : lane;
-      high[lane] = lane & HALF ? lane + lanes : lane + HALF;
+    IntVec<C> low{}, high{};  // an index >= lanes selects from the second operand
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (HALF < inner) {
+        const int place = lane % inner * 2;
+        low[lane] = lane / inner * inner + (place < inner ? place : place - inner + lanes);
+        high[lane] = low[lane] + 1;
+      } else {
+        low[lane] = lane & HALF ? lane - HALF + lanes : lane;
+        high[lane] = lane & HALF ? lane + lanes : lane + HALF;
+      }
     }
     unrolled<lanes / (2 * HALF)>([&](auto pair) LAK_INLINE_LAMBDA {
       constexpr int i = 2 * HALF * pair;
@@ -96,15 +112,16 @@ LAK_INLINE Vec<C> sum_each(Vec<C> (&v)[kLanes<C>]) {
   }
 }
 
-template <class C, class Combine>
-LAK_INLINE C reduce(Vec<C> v, const Combine& combine) {
+// Lane i: all lanes i % ROWS combined.
+template <class C, int ROWS, class Combine>
+LAK_INLINE Vec<C> fold(Vec<C> v, const Combine& combine) {
 #pragma GCC unroll 4
-  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+  for (int half = kLanes<C> / 2; half >= ROWS; half /= 2) {
     IntVec<C> other{};
     for (int lane = 0; lane < kLanes<C>; ++lane) other[lane] = lane ^ half;
     v = combine(v, __builtin_shuffle(v, other));
   }
-  return v[0];
+  return v;
 }
 
 // Rows that will be read next. Several passes over a tile each prefetch a share of them, so that memory is busy from the
@@ -127,7 +144,7 @@ struct Ahead {
   }
 };
 
-// Rows of storage, and beside them the part of each that does not fill a vector (nullptr: there is none).
+// Rows of storage, and beside them the part of each that does not fill a pair (nullptr: there is none).
 template <class T>
 struct TileRows {
   const T* data;
@@ -140,21 +157,21 @@ struct TileRows {
 template <class T>
 class DecodeRows {
   using C = Compute<T>;
-  static constexpr int64_t kLane = kLanes<C>;
+  static constexpr int64_t kLane = kLanes<C>, kPair = 2 * kLane, kChunk = cpu::LAK_ISA::kChunk<C>;
   static constexpr C kMinusInfinity = -__builtin_huge_val();
 
  public:
   DecodeRows(const ZeroGateParams& params, const Sizes& z, const Sequence& sequence, int64_t b, int64_t kv_head,
              const DecodeScratch<C>& scratch)
       : p(params), seq(sequence), s(scratch), batch(b), head_kv(kv_head), group(p.heads_q / p.heads_kv), rows(z.rows),
-        depth(p.head_dim), padded_depth(z.padded_depth), whole(depth / kLane * kLane),
-        tile_keys(larger(kFewestTileKeys, smaller(kTileKeys, kTileBytes / row_bytes(depth) / 32 * 32))) {
+        depth(p.head_dim), padded_depth(z.padded_depth), whole(depth / kPair * kPair),
+        tile_keys(larger(kFewestTileKeys, smaller(kTileKeys, kTileBytes / row_bytes(depth) / 16 * 16))) {
     for (int64_t row = 0; row < rows; ++row) {
       C* to = s.query + row * padded_depth;
-      widen_row(row_pointer<const T>(p.query, batch, head_of(row), query_of(row)), depth, padded_depth, to);
+      arrange_row(row_pointer<const T>(p.query, batch, head_of(row), query_of(row)), depth, to);
       for (int64_t d = 0; d < padded_depth; ++d) to[d] *= static_cast<C>(p.scale);
     }
-    for (int64_t i = rows * padded_depth; i < round_up(rows, kChunk) * padded_depth; ++i) s.query[i] = 0;
+    for (int64_t i = rows * padded_depth; i < z.chunks * kChunk * padded_depth; ++i) s.query[i] = 0;
   }
 
   void words(int64_t begin, int64_t end, const Partial<C>& state) {
@@ -173,23 +190,24 @@ class DecodeRows {
     };
     for (int64_t row = 0; row < rows; ++row) {
       C highest = kMinusInfinity, sum = 0;
-      for (int64_t i = 0; i < count; ++i) highest = larger_of(state(i).maximum[row], highest);
+      for (int64_t i = 0; i < count; ++i) highest = larger_of(maximum_of(state(i), row), highest);
       const C reference = highest == kMinusInfinity ? C(0) : highest;
       C* out = s.query + row * padded_depth;  // the scaled queries are not needed any more
       for (int64_t d = 0; d < padded_depth; ++d) out[d] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Partial<C> part = state(i);
-        const C factor = shrinking(part.maximum[row], reference);
-        sum += factor * part.sum[row];
+        const C factor = shrinking(maximum_of(part, row), reference);
+        sum += factor * sum_of(part, row);
         add_scaled(part.accumulator + row * padded_depth, factor, out);
       }
       const C inverse = sum == 0 ? C(0) : C(1) / sum;  // 0: the row sees no key; NaN stays NaN
       for (int64_t d = 0; d < padded_depth; ++d) out[d] *= inverse;
       if (seq.prefix >= 0) {
         const C gate = gate_of<C>(p, seq.prefix, head_of(row));
-        add_scaled(s.prefix.accumulator + row * padded_depth, gate / s.prefix.sum[row], out);
+        add_scaled(s.prefix.accumulator + row * padded_depth, gate / sum_of(s.prefix, row), out);
       }
-      narrow_row(out, C(1), depth, row_pointer<T>(p.output, batch, head_of(row), query_of(row)));
+      for (int64_t d = 0; d < depth; ++d) s.ordered[d] = out[d / kPair * kPair + place_in_pair<T, C>(d % kPair)];
+      narrow_row(s.ordered, C(1), depth, row_pointer<T>(p.output, batch, head_of(row), query_of(row)));
       if (p.logsumexp.data) {
         *row_statistic<C>(p.logsumexp, batch, head_of(row), query_of(row)) =
             sum == 0 ? kMinusInfinity : static_cast<C>(highest + __builtin_log(static_cast<double>(sum)));
@@ -201,6 +219,17 @@ class DecodeRows {
   int64_t head_of(int64_t row) const { return head_kv * group + row / p.seq_q; }
   int64_t query_of(int64_t row) const { return row % p.seq_q; }
   static int64_t row_bytes(int64_t depth) { return larger(1, depth * static_cast<int64_t>(sizeof(T))); }
+  // How many rows of the chunk that contains `row` are computed: all, with zeros for queries, where 3 are left.
+  int64_t rows_together(int64_t row) const {
+    const int64_t left = rows - row / kChunk * kChunk;
+    return left > 2 ? kChunk : left;
+  }
+  C maximum_of(const Partial<C>& part, int64_t row) const { return part.maximum[row / kChunk * kLane + row % kChunk]; }
+  C sum_of(const Partial<C>& part, int64_t row) const {
+    C sum = 0;
+    for (int64_t i = row % kChunk; i < kLane; i += rows_together(row)) sum += part.sum[row / kChunk * kLane + i];
+    return sum;
+  }
   static C larger_of(C a, C b) { return a > b ? a : b; }
   // What a sum relative to `maximum_then` shrinks by when it becomes relative to `reference`.
   static C shrinking(C maximum_then, C reference) {
@@ -211,11 +240,25 @@ class DecodeRows {
     for (int64_t d = 0; d < padded_depth; d += kLane) store(to + d, load(to + d) + broadcast(factor) * load(from + d));
   }
 
+  // `n` elements into the order of pairs, the last pair padded with zeros.
+  static void arrange_row(const T* from, int64_t n, C* to) {
+    const auto arrange = [](const T* pair, C* place) {
+      store(place, load_half<0>(pair));
+      store(place + kLane, load_half<1>(pair));
+    };
+    int64_t d = 0;
+    for (; d + kPair <= n; d += kPair) arrange(from + d, to + d);
+    if (d == n) return;
+    T last[kPair] = {};
+    __builtin_memcpy(last, from + d, (n - d) * sizeof(T));
+    arrange(last, to + d);
+  }
+
   TileRows<T> tile_of(const TensorView& view, int64_t b, int64_t first, int64_t n, C* tail) const {
     const T* data = row_pointer<const T>(view, b, head_kv, first);
     if (whole == depth) return {data, view.stride_row, nullptr, n};
     for (int64_t t = 0; t < n; ++t) {
-      widen_row(data + t * view.stride_row + whole, depth - whole, kLane, tail + t * kLane);
+      arrange_row(data + t * view.stride_row + whole, depth - whole, tail + t * kPair);
     }
     return {data, view.stride_row, tail, n};
   }
@@ -229,8 +272,9 @@ class DecodeRows {
   template <class Limit>
   void attend(const TensorView& k_view, const TensorView& v_view, int64_t b, int64_t begin, int64_t end,
               const Partial<C>& state, const Limit& limit) {
-    for (int64_t row = 0; row < rows; ++row) state.maximum[row] = kMinusInfinity, state.sum[row] = 0;
-    for (int64_t i = 0; i < rows * padded_depth; ++i) state.accumulator[i] = 0;
+    const int64_t chunks = (rows + kChunk - 1) / kChunk;
+    for (int64_t i = 0; i < chunks * kLane; ++i) state.maximum[i] = kMinusInfinity, state.sum[i] = 0;
+    for (int64_t i = 0; i < chunks * kChunk * padded_depth; ++i) state.accumulator[i] = 0;
     Ahead first_keys = ahead(k_view, b, begin, smaller(tile_keys, end - begin));  // nobody has asked for these yet
     for (int64_t t = 0; t < first_keys.rows; ++t) first_keys.prefetch(t);
     for (int64_t k0 = begin; k0 < end; k0 += tile_keys) {
@@ -239,141 +283,157 @@ class DecodeRows {
       Ahead keys_ahead = ahead(k_view, b, k0 + n, larger(0, smaller(tile_keys, end - k0 - n)));
       const TileRows<T> k = tile_of(k_view, b, k0, n, s.key_tail);
       for (int64_t row = 0; row < rows; row += kChunk) {
-        const int64_t count = smaller(kChunk, rows - row);
-        dot_products(k, row, count, values_ahead);
-        C rescale[kChunk];
-        for (int64_t r = 0; r < count; ++r) {
-          rescale[r] = softmax_row(s.scores + r * kTileKeys, larger(0, smaller(n, limit(row + r) - k0)), n,
-                                   state.maximum[row + r], state.sum[row + r]);
+        const Ahead next = keys_ahead.share(row / kChunk, chunks);
+        const auto attend_chunk = [&](auto chunk_rows) LAK_INLINE_LAMBDA {
+          constexpr int count = chunk_rows;
+          alignas(kVectorBytes) C rescale[kLane];
+          dot_products<count>(k, row, values_ahead);
+          for (int64_t r = 0; r < smaller(count, rows - row); ++r) {
+            for (int64_t t = larger(0, limit(row + r) - k0); t < n; ++t) s.scores[t * count + r] = kMinusInfinity;
+          }
+          softmax<count>(n, state.maximum + row / kChunk * kLane, state.sum + row / kChunk * kLane, rescale);
+          if (row == 0 && whole != depth) tile_of(v_view, b, k0, n, s.value_tail);
+          const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, k0), v_view.stride_row,
+                              whole == depth ? nullptr : s.value_tail, n};
+          weighted_sum<count>(v, rescale, state.accumulator + row * padded_depth, next);
+        };
+        switch (rows_together(row)) {
+          case 1: attend_chunk(std::integral_constant<int, 1>{}); break;
+          case 2: attend_chunk(std::integral_constant<int, 2>{}); break;
+          default: attend_chunk(std::integral_constant<int, kChunk>{});
         }
-        if (row == 0 && whole != depth) tile_of(v_view, b, k0, n, s.value_tail);
-        const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, k0), v_view.stride_row,
-                            whole == depth ? nullptr : s.value_tail, n};
-        const int64_t chunks = (rows + kChunk - 1) / kChunk;
-        weighted_sum(v, count, rescale, state.accumulator + row * padded_depth, keys_ahead.share(row / kChunk, chunks));
         values_ahead.rows = 0;  // the first chunk's sums read them all
       }
     }
   }
 
-  // scores[r][t] = Q[row + r] . K[t]; beyond the last key a multiple of kLanes is filled with anything.
-  void dot_products(const TileRows<T>& k, int64_t row, int64_t count, const Ahead& next) {
-    constexpr int widest = kLane < kChunk ? kLane : kChunk;
-    const C* query = s.query + row * padded_depth;
-    for (int64_t r = 0; r < count; r += widest) {
-      const int64_t left = count - r;
-      const auto of = left == 1   ? dot_function<1>(k.tail)
-                      : left == 2 ? dot_function<2>(k.tail)
-                                  : dot_function<widest>(k.tail);
-      (this->*of)(k, query + r * padded_depth, s.scores + r * kTileKeys, next);
-    }
-  }
-
+  // scores[t][r] = Q[row + r] . K[t]; beyond the last key there is anything.
   template <int ROWS>
-  static auto dot_function(const C* tail) {
-    return tail ? &DecodeRows::dot_products_of<ROWS, true> : &DecodeRows::dot_products_of<ROWS, false>;
+  void dot_products(const TileRows<T>& k, int64_t row, const Ahead& next) {
+    const C* query = s.query + row * padded_depth;
+    if (k.tail) dot_products_of<ROWS, true>(k, query, next);
+    else dot_products_of<ROWS, false>(k, query, next);
   }
 
   // TAIL is a template argument so that the sums live in registers from end to end.
   template <int ROWS, bool TAIL>
-  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, C* scores, Ahead next) {
-    constexpr int keys = kLanes<C> / ROWS;
-    for (int64_t t = 0; t < k.count; t += keys) {
+  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, Ahead next) {
+    constexpr int sums = kVectorBytes == 64 ? 16 : 8, keys = sums / ROWS;  // half of the registers
+    // Copies, because the compiler takes every store for one that may change a member.
+    const int64_t count = k.count, depth_in_pairs = whole, query_stride = padded_depth;
+    C* scores = s.scores;
+    for (int64_t t = 0; t < count; t += keys, scores += sums) {
       const T* key[keys];
       unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA {
-        key[i] = k.data + smaller(t + i, k.count - 1) * k.stride;
+        key[i] = k.data + smaller(t + i, count - 1) * k.stride;
         next.prefetch(t + i);
       });
-      Vec<C> sum[ROWS * keys];  // [row][key]
-      unrolled<ROWS * keys>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
-      const auto add = [&](int64_t d, const auto& element) LAK_INLINE_LAMBDA {
+      Vec<C> sum[sums];  // [key][row]
+      unrolled<sums>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+      const auto add = [&](const C* q, const auto& element) LAK_INLINE_LAMBDA {
         Vec<C> x[keys];
         unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { x[i] = element(i); });
         unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
-          const Vec<C> q = in_register<C>(load(query + r * padded_depth + d));
-          unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { sum[r * keys + i] += q * x[i]; });
+          const Vec<C> y = in_register<C>(load(q + r * query_stride));
+          unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { sum[i * ROWS + r] += y * x[i]; });
         });
       };
-      for (int64_t d = 0; d < whole; d += kLane) {
-        add(d, [&](auto i) LAK_INLINE_LAMBDA { return load_wide(key[i] + d); });
+      for (int64_t d = 0; d < depth_in_pairs; d += kPair) {
+        add(query + d, [&](auto i) LAK_INLINE_LAMBDA { return load_half<0>(key[i] + d); });
+        add(query + d + kLane, [&](auto i) LAK_INLINE_LAMBDA { return load_half<1>(key[i] + d); });
       }
       if constexpr (TAIL) {
-        const C* tail = k.tail;
-        const int64_t last = k.count - 1;
-        add(whole, [&](auto i) LAK_INLINE_LAMBDA { return load(tail + smaller(t + i, last) * kLane); });
+        const auto tail = [&](auto i) LAK_INLINE_LAMBDA { return k.tail + smaller(t + i, count - 1) * kPair; };
+        add(query + depth_in_pairs, [&](auto i) LAK_INLINE_LAMBDA { return load(tail(i)); });
+        add(query + depth_in_pairs + kLane, [&](auto i) LAK_INLINE_LAMBDA { return load(tail(i) + kLane); });
       }
-      alignas(kVectorBytes) C each[kLane];
-      store(each, sum_each<C>(sum));
-      for (int r = 0; r < ROWS; ++r) __builtin_memcpy(scores + r * kTileKeys + t, each + r * keys, keys * sizeof(C));
+      unrolled<sums / kLanes<C>>([&](auto i) LAK_INLINE_LAMBDA { store(scores + i * kLane, sum_each<C>(sum + i * kLane)); });
     }
   }
 
-  // Probabilities of one row against its new maximum; keys from `seen` on get 0. Returns what the old sums shrink by.
-  static C softmax_row(C* scores, int64_t seen, int64_t n, C& maximum_so_far, C& sum_so_far) {
-    for (int64_t t = seen; t < round_up(n, kLane); ++t) scores[t] = kMinusInfinity;
-    Vec<C> highest = broadcast(maximum_so_far);
-    for (int64_t t = 0; t < n; t += kLane) highest = maximum<C>(load(scores + t), highest);  // NaN: second operand
-    const C top = reduce<C>(highest, [](Vec<C> a, Vec<C> b) { return maximum<C>(a, b); });
-    const C reference = top == kMinusInfinity ? C(0) : top;
-    Vec<C> sum{};
-    for (int64_t t = 0; t < n; t += kLane) {
-      const Vec<C> probability =
-          exp2_nonpositive((load(scores + t) - broadcast(reference)) * broadcast(static_cast<C>(kLog2E)));
-      store(scores + t, probability);
-      sum += probability;
-    }
-    const C rescale = shrinking(maximum_so_far, reference);
-    maximum_so_far = top;
-    sum_so_far = sum_so_far * rescale + reduce<C>(sum, [](Vec<C> a, Vec<C> b) { return a + b; });
-    return rescale;
-  }
-
-  // out[r] = rescale[r] * out[r] + sum_t scores[r][t] V[t]
-  void weighted_sum(const TileRows<T>& v, int64_t count, const C* rescale, C* out, const Ahead& next) {
-    switch (count) {
-      case 1: return weighted_sum_of<1>(v, rescale, out, next);
-      case 2: return weighted_sum_of<2>(v, rescale, out, next);
-      case 3: return weighted_sum_of<3>(v, rescale, out, next);
-      default: return weighted_sum_of<kChunk>(v, rescale, out, next);
-    }
-  }
-
+  // One step of the online softmax: scores [n][ROWS] become probabilities against the rows' new maxima. maximum_so_far and
+  // sum_so_far hold a vector; lane i belongs to row i % ROWS, and the sums are added over lanes at the very end. rescale,
+  // likewise: what the old sums shrink by.
   template <int ROWS>
-  void weighted_sum_of(const TileRows<T>& v, const C* rescale, C* out, const Ahead& next) {
-    // As many sums as leave registers for the values and a broadcast, of 32 (AVX-512) or 16.
-    constexpr int vecs = kVectorBytes == 64 ? (ROWS > 2 ? 4 : 8) : (ROWS > 2 ? 3 : 4);
-    const int64_t d = columns<ROWS, vecs>(v, 0, rescale, out, next);
-    if (v.tail) block<ROWS, 1>(v.tail, kLane, v.count, rescale, out + d, Ahead{});
-  }
-
-  template <int ROWS, int VECS>
-  int64_t columns(const TileRows<T>& v, int64_t d, const C* rescale, C* out, const Ahead& next) {
-    constexpr int64_t width = VECS * kLane;
-    for (; d + width <= whole; d += width) {
-      block<ROWS, VECS>(v.data + d, v.stride, v.count, rescale, out + d, next.share(d / width, whole / width));
-    }
-    if constexpr (VECS > 1) return columns<ROWS, (VECS + 1) / 2>(v, d, rescale, out, d == 0 ? next : Ahead{});
-    else return d;
-  }
-
-  // Sums begin at zero and meet the old ones at the end: short chains of additions round less.
-  template <int ROWS, int VECS, class S>
-  __attribute__((noinline)) void block(const S* v, int64_t stride, int64_t n, const C* rescale, C* out, Ahead next) {
-    Vec<C> sum[ROWS * VECS];
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
-    const C* weights = s.scores;
-    for (int64_t t = 0; t < n; ++t) {
-      next.prefetch(t);
-      Vec<C> value[VECS];
-      unrolled<VECS>([&](auto i) LAK_INLINE_LAMBDA { value[i] = load_wide(v + t * stride + i * kLane); });
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
-        const Vec<C> x = broadcast(weights[r * kTileKeys + t]);
-        unrolled<VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[r * VECS + i] += x * value[i]; });
+  __attribute__((noinline)) void softmax(int64_t n, C* maximum_so_far, C* sum_so_far, C* rescale) {
+    constexpr int chains = kSoftmaxChains;
+    C* scores = s.scores;
+    const int64_t end = round_up(n * ROWS, chains * kLane);
+    for (int64_t i = n * ROWS; i < end; ++i) scores[i] = kMinusInfinity;
+    const auto larger_of_each = [](Vec<C> a, Vec<C> b) LAK_INLINE_LAMBDA { return maximum<C>(a, b); };  // NaN: the second
+    const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), before = load(maximum_so_far);
+    Vec<C> highest[chains], sum[chains];
+    unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA { highest[c] = before, sum[c] = Vec<C>{}; });
+    for (int64_t i = 0; i < end; i += chains * kLane) {
+      unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA {
+        highest[c] = larger_of_each(load(scores + i + c * kLane), highest[c]);
       });
     }
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
-      C* to = out + i / VECS * padded_depth + i % VECS * kLane;
-      store(to, load(to) * broadcast(rescale[i / VECS]) + sum[i]);
+    unrolled<chains - 1>([&](auto c) LAK_INLINE_LAMBDA { highest[0] = larger_of_each(highest[c + 1], highest[0]); });
+    const Vec<C> top = fold<C, ROWS>(highest[0], larger_of_each);
+    const Vec<C> reference = top == broadcast(kMinusInfinity) ? Vec<C>{} : top;
+    for (int64_t i = 0; i < end; i += chains * kLane) {
+      unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA {
+        C* at = scores + i + c * kLane;
+        const Vec<C> probability = exp2_nonpositive((load(at) - reference) * log2e);
+        store(at, probability);
+        sum[c] += probability;
+      });
+    }
+    unrolled<chains - 1>([&](auto c) LAK_INLINE_LAMBDA { sum[0] += sum[c + 1]; });
+    const Vec<C> shrinking_by = exp2_nonpositive((before - reference) * log2e);
+    store(rescale, shrinking_by);
+    store(maximum_so_far, top);
+    store(sum_so_far, load(sum_so_far) * shrinking_by + sum[0]);
+  }
+
+  // out[r] = rescale[r] * out[r] + sum_t scores[t][r] V[t]
+  template <int ROWS>
+  void weighted_sum(const TileRows<T>& v, const C* rescale, C* out, const Ahead& next) {
+    // A block: so many rows, and as many pairs of columns as leave registers for a pair and the weights, of 32 (AVX-512) or 16.
+    constexpr int together = kVectorBytes == 64 || ROWS == 1 ? ROWS : 2;
+    constexpr int64_t most = kVectorBytes == 64 ? (ROWS > 2 ? 2 : 4) : (ROWS > 1 ? 3 : 4);
+    const int64_t columns = (whole / kPair + most - 1) / most, blocks = ROWS / together * columns;
+    int64_t block = 0;
+    for (int64_t r = 0; r < ROWS; r += together) {
+      const C *weights = s.scores + r, *shrink = rescale + r;
+      C* to = out + r * padded_depth;
+      for (int64_t d = 0; d < whole;) {
+        const int64_t left = (whole - d) / kPair, pairs = left == most + 1 ? most - 1 : smaller(left, most);  // 4 = 2 + 2
+        const Ahead share = next.share(block++, blocks);
+        unrolled<most>([&](auto less) LAK_INLINE_LAMBDA {
+          constexpr int width = less + 1;
+          if (pairs == width) block_of<ROWS, together, width>(v.data + d, v.stride, v.count, weights, shrink, to + d, share);
+        });
+        d += pairs * kPair;
+      }
+      if (v.tail) {
+        const Ahead share = whole == 0 ? next.share(r / together, ROWS / together) : Ahead{};
+        block_of<ROWS, together, 1>(v.tail, kPair, v.count, weights, shrink, to + whole, share);
+      }
+    }
+  }
+
+  // STRIDE: from one key's weights to the next key's. Sums begin at zero and meet the old ones at the end: short chains of
+  // additions round less.
+  template <int STRIDE, int ROWS, int PAIRS, class S>
+  __attribute__((noinline)) void block_of(const S* v, int64_t stride, int64_t n, const C* weights, const C* rescale, C* out,
+                                          Ahead next) {
+    constexpr int vecs = 2 * PAIRS;
+    Vec<C> sum[ROWS * vecs];
+    unrolled<ROWS * vecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    for (int64_t t = 0; t < n; ++t, v += stride, weights += STRIDE) {
+      next.prefetch(t);
+      Vec<C> weight[ROWS];
+      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA { weight[r] = in_register<C>(broadcast(weights[r])); });
+      unrolled<vecs>([&](auto i) LAK_INLINE_LAMBDA {
+        const Vec<C> value = in_register<C>(load_half<i % 2>(v + i / 2 * kPair));
+        unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA { sum[r * vecs + i] += weight[r] * value; });
+      });
+    }
+    unrolled<ROWS * vecs>([&](auto i) LAK_INLINE_LAMBDA {
+      C* to = out + i / vecs * padded_depth + i % vecs * kLane;
+      store(to, load(to) * broadcast(rescale[i / vecs]) + sum[i]);
     });
   }
 
@@ -381,7 +441,7 @@ class DecodeRows {
   const Sequence& seq;
   const DecodeScratch<C>& s;
   const int64_t batch, head_kv, group, rows, depth, padded_depth;
-  const int64_t whole;  // the part of head_dim that fills vectors
+  const int64_t whole;  // the part of head_dim that fills pairs
   const int64_t tile_keys;
 };
 
