@@ -83,6 +83,11 @@ def test_other_dtypes(case: Case, dtype: torch.dtype, isa: str) -> None:
         Case(batch=1, heads_q=5, heads_kv=1, seq_q=3, seq_k=1000, head_dim=128, prefix_length=70),
         Case(batch=2, heads_q=2, heads_kv=2, seq_q=8, seq_k=5, head_dim=7, prefix="sequence", gate="prefix"),
         Case(batch=2, heads_q=4, heads_kv=1, seq_q=2, seq_k=700, head_dim=128, layout="bshd"),
+        # Three rows are computed as four; head_dims that end in one to four pairs of vectors, or in part of one.
+        Case(batch=1, heads_q=3, heads_kv=1, seq_q=1, seq_k=530, head_dim=96),
+        Case(batch=1, heads_q=7, heads_kv=1, seq_q=1, seq_k=530, head_dim=80),
+        Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=530, head_dim=192),
+        Case(batch=1, heads_q=2, heads_kv=2, seq_q=1, seq_k=530, head_dim=160),
         Case(batch=2, heads_q=4, heads_kv=4, seq_q=1, seq_k=0, head_dim=16),
         Case(batch=2, heads_q=4, heads_kv=4, seq_q=1, seq_k=64, head_dim=16, prefix="none"),
         Case(batch=2, heads_q=4, heads_kv=4, seq_q=1, seq_k=64, head_dim=16, prefix_length=0, layout="padded"),

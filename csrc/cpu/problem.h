@@ -10,8 +10,8 @@
 
 namespace lak::cpu::LAK_ISA {
 
-LAK_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-LAK_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+LAK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LAK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 LAK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // One sequence of the batch. Padded and packed problems differ only here.
