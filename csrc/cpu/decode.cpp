@@ -2,20 +2,23 @@
 // query heads of its group and all new queries.
 //
 // One task is one range of keys of one key/value head. For a tile of keys it computes the scores of all rows (a row is
-// one query of one query head), takes one online softmax step per row and adds P V. While a tile's keys are multiplied
-// its values are prefetched, and while its values are added up the next tile's keys. Inside, head_dim has the order of
-// load_half: queries are put into it at the start, outputs taken out of it at the end. Whoever finishes the last range of
-// a head combines all of them in their order and adds the prefix. Ranges depend on a sequence's own keys and on the
-// number of rows: results are the same for every number of threads, and beside any other sequence.
+// one query of one query head), takes one online softmax step per row and adds P V. Memory must be busy all that time, and
+// must never be asked for more lines at once than a core can wait for (24 on a Zen 3: what comes on top stalls it). So the
+// scores of a tile are computed piece by piece between the pieces of the sums of the tile before, and while they read a
+// line of keys they ask for one of that tile's values and one of the next tile's keys.
+//
+// Inside, head_dim has the order of load_half: queries are put into it at the start, outputs taken out of it at the end.
+// Whoever finishes the last range of a head combines all of them in their order and adds the prefix. Ranges depend on a
+// sequence's own keys and on the number of rows: results are the same for every number of threads, and beside any other
+// sequence.
 #include "kernel_table.h"
 #include "scores.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
 
-// Keys of a tile: as many as fill 4 KiB, but 16 at least. Small, because the next tile must arrive while this one is worked
-// on without driving it out of L1: on a Zen 3 16 KiB were read at 69% of the rate of a plain sum, 8 KiB at 73%, 4 KiB at 79%,
-// 2 KiB at 70% (four bfloat16 queries of 128 on each key).
+// Keys of a tile: as many as fill 4 KiB, but 16 at least. Three tiles are in L1 at once (the keys of one, the values of the one
+// before, and what has been asked for); on a Zen 3 6 and 8 KiB do as well with four queries on each key, worse with one.
 constexpr int64_t kTileBytes = 4 << 10, kFewestTileKeys = 16, kTileKeys = 256;  // the last: the most
 constexpr int64_t kCacheLine = 64;
 // The most rows that share one read of a tile. Their scores lie side by side, [key][row]: a vector holds some keys of all.
@@ -69,11 +72,11 @@ struct DecodeScratch {
   Partial<C> prefix;
   C* query;                  // [chunks][kChunk][padded_depth], scaled; zeros beyond the last row
   C* ordered;                // [padded_depth]: an output row in the order of memory
-  C* scores;                 // [kTileKeys][kChunk]; what is written at once divides a full tile
+  C* scores;                 // 2 x [kTileKeys][kChunk]; what is written at once divides a full tile
   C *key_tail, *value_tail;  // [kTileKeys][2 kLanes]: what of head_dim does not fill a pair, padded with zeros
   DecodeScratch(Scratch& s, const Sizes& z)
       : prefix(s, z), query(s.take<C>(z.chunks * kChunk<C> * z.padded_depth)), ordered(s.take<C>(z.padded_depth)),
-        scores(s.take<C>(kTileKeys * kChunk<C>)), key_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)),
+        scores(s.take<C>(2 * kTileKeys * kChunk<C>)), key_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)),
         value_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)) {}
 };
 
@@ -124,23 +127,21 @@ LAK_INLINE Vec<C> fold(Vec<C> v, const Combine& combine) {
   return v;
 }
 
-// Rows that will be read next. Several passes over a tile each prefetch a share of them, so that memory is busy from the
-// first pass to the last.
+// Memory that will be read soon, row by row, and is asked for one cache line at a time. There may be fewer rows than lines
+// asked for: a prefetch of anything is harmless.
 struct Ahead {
-  const char* data = nullptr;
-  int64_t stride = 0, rows = 0, bytes = 0;  // bytes from row to row, and of a row
-  int64_t due = 0, every = 1;               // the next row of this share, and the distance to the one after
+  const char* row;
+  int64_t stride, bytes;  // bytes from row to row, and of a row
+  int64_t at = 0;
 
-  Ahead share(int64_t index, int64_t shares) const {
-    return {data, stride, rows, bytes, due + index * every, every * shares};
-  }
+  Ahead from(int64_t first) const { return {row + first * stride, stride, bytes}; }
 
-  // Called for one row of the present tile after the other.
-  LAK_INLINE void prefetch(int64_t row) {
-    if (row != due || row >= rows) return;
-    due += every;
-    const char* line = data + row * stride;
-    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(line + i);
+  LAK_INLINE void prefetch_line() {
+    __builtin_prefetch(row + at);
+    at += kCacheLine;
+    const bool end = at >= bytes;
+    row += end ? stride : 0;
+    at = end ? 0 : at;
   }
 };
 
@@ -158,6 +159,7 @@ template <class T>
 class DecodeRows {
   using C = Compute<T>;
   static constexpr int64_t kLane = kLanes<C>, kPair = 2 * kLane, kChunk = cpu::LAK_ISA::kChunk<C>;
+  static constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // of a group of keys: half of the registers
   static constexpr C kMinusInfinity = -__builtin_huge_val();
 
  public:
@@ -262,72 +264,101 @@ class DecodeRows {
     }
     return {data, view.stride_row, tail, n};
   }
-  Ahead ahead(const TensorView& view, int64_t b, int64_t first, int64_t n) const {
+  Ahead ahead(const TensorView& view, int64_t b, int64_t first) const {
     constexpr int64_t size = sizeof(T);
-    const T* data = row_pointer<const T>(view, b, head_kv, first);
-    return {reinterpret_cast<const char*>(data), view.stride_row * size, n, depth * size};
+    return {reinterpret_cast<const char*>(row_pointer<const T>(view, b, head_kv, first)), view.stride_row * size, depth * size};
   }
+  Ahead nothing_ahead() const { return {reinterpret_cast<const char*>(s.scores), 0, kCacheLine}; }  // one line, in cache
 
-  // Online softmax of all rows over keys [begin, end); a row sees those below limit(row).
+  // One chunk of rows on one tile of keys.
+  struct Step {
+    int64_t k0, n, row;
+    C* scores;
+    TileRows<T> k;
+    Ahead values, keys;  // this tile's values, the next tile's keys
+  };
+
+  // Online softmax of all rows over keys [begin, end); a row sees those below limit(row). The scores of one step are computed
+  // between the sums of the step before, so that memory is asked for new keys and values all the time.
   template <class Limit>
   void attend(const TensorView& k_view, const TensorView& v_view, int64_t b, int64_t begin, int64_t end,
               const Partial<C>& state, const Limit& limit) {
     const int64_t chunks = (rows + kChunk - 1) / kChunk;
     for (int64_t i = 0; i < chunks * kLane; ++i) state.maximum[i] = kMinusInfinity, state.sum[i] = 0;
     for (int64_t i = 0; i < chunks * kChunk * padded_depth; ++i) state.accumulator[i] = 0;
-    Ahead first_keys = ahead(k_view, b, begin, smaller(tile_keys, end - begin));  // nobody has asked for these yet
-    for (int64_t t = 0; t < first_keys.rows; ++t) first_keys.prefetch(t);
-    for (int64_t k0 = begin; k0 < end; k0 += tile_keys) {
-      const int64_t n = smaller(tile_keys, end - k0);
-      Ahead values_ahead = ahead(v_view, b, k0, n);
-      Ahead keys_ahead = ahead(k_view, b, k0 + n, larger(0, smaller(tile_keys, end - k0 - n)));
-      const TileRows<T> k = tile_of(k_view, b, k0, n, s.key_tail);
-      for (int64_t row = 0; row < rows; row += kChunk) {
-        const Ahead next = keys_ahead.share(row / kChunk, chunks);
-        const auto attend_chunk = [&](auto chunk_rows) LAK_INLINE_LAMBDA {
-          constexpr int count = chunk_rows;
-          alignas(kVectorBytes) C rescale[kLane];
-          dot_products<count>(k, row, values_ahead);
-          for (int64_t r = 0; r < smaller(count, rows - row); ++r) {
-            for (int64_t t = larger(0, limit(row + r) - k0); t < n; ++t) s.scores[t * count + r] = kMinusInfinity;
-          }
-          softmax<count>(n, state.maximum + row / kChunk * kLane, state.sum + row / kChunk * kLane, rescale);
-          if (row == 0 && whole != depth) tile_of(v_view, b, k0, n, s.value_tail);
-          const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, k0), v_view.stride_row,
-                              whole == depth ? nullptr : s.value_tail, n};
-          weighted_sum<count>(v, rescale, state.accumulator + row * padded_depth, next);
-        };
-        switch (rows_together(row)) {
-          case 1: attend_chunk(std::integral_constant<int, 1>{}); break;
-          case 2: attend_chunk(std::integral_constant<int, 2>{}); break;
-          default: attend_chunk(std::integral_constant<int, kChunk>{});
-        }
-        values_ahead.rows = 0;  // the first chunk's sums read them all
+    const auto step_at = [&](int64_t k0, int64_t row, C* scores) {
+      Step step{k0, smaller(tile_keys, end - k0), row, scores, {}, nothing_ahead(), nothing_ahead()};
+      if (step.n <= 0) return step;
+      if (row == 0) {
+        step.k = tile_of(k_view, b, k0, step.n, s.key_tail);
+        step.values = ahead(v_view, b, k0);
+        if (k0 + step.n < end) step.keys = ahead(k_view, b, k0 + step.n);
+      } else {  // the first chunk has asked for all that, and filled the tail
+        step.k = {row_pointer<const T>(k_view, b, head_kv, k0), k_view.stride_row, whole == depth ? nullptr : s.key_tail, step.n};
       }
+      return step;
+    };
+    C* other_scores = s.scores + kTileKeys * kChunk;
+    Step step = step_at(begin, 0, s.scores);
+    dot_products(step, 0, 1);
+    while (step.n > 0) {
+      const bool last_chunk = step.row + kChunk >= rows;
+      const Step next = step_at(last_chunk ? step.k0 + step.n : step.k0, last_chunk ? 0 : step.row + kChunk,
+                                step.scores == s.scores ? other_scores : s.scores);
+      with_rows(step.row, [&](auto chunk_rows) LAK_INLINE_LAMBDA {
+        constexpr int count = chunk_rows;
+        alignas(kVectorBytes) C rescale[kLane];
+        for (int64_t r = 0; r < smaller(count, rows - step.row); ++r) {
+          for (int64_t t = larger(0, limit(step.row + r) - step.k0); t < step.n; ++t) step.scores[t * count + r] = kMinusInfinity;
+        }
+        const int64_t chunk = step.row / kChunk * kLane;
+        softmax<count>(step.n, step.scores, state.maximum + chunk, state.sum + chunk, rescale);
+        if (step.row == 0 && whole != depth) tile_of(v_view, b, step.k0, step.n, s.value_tail);
+        const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, step.k0), v_view.stride_row,
+                            whole == depth ? nullptr : s.value_tail, step.n};
+        weighted_sum<count>(v, step.scores, rescale, state.accumulator + step.row * padded_depth, next);
+      });
+      step = next;
     }
   }
 
-  // scores[t][r] = Q[row + r] . K[t]; beyond the last key there is anything.
-  template <int ROWS>
-  void dot_products(const TileRows<T>& k, int64_t row, const Ahead& next) {
-    const C* query = s.query + row * padded_depth;
-    if (k.tail) dot_products_of<ROWS, true>(k, query, next);
-    else dot_products_of<ROWS, false>(k, query, next);
+  // f(how many rows of the chunk are computed), as a constant.
+  template <class F>
+  void with_rows(int64_t row, const F& f) const {
+    switch (rows_together(row)) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      default: return f(std::integral_constant<int, kChunk>{});
+    }
+  }
+
+  // One of `parts` parts of a step's scores: scores[t][r] = Q[row + r] . K[t]; beyond the last key there is anything.
+  void dot_products(const Step& step, int64_t part, int64_t parts) {
+    if (step.n <= 0) return;
+    with_rows(step.row, [&](auto chunk_rows) LAK_INLINE_LAMBDA {
+      constexpr int count = chunk_rows, keys = kSums / count;
+      const int64_t groups = (step.n + keys - 1) / keys;
+      const int64_t from = groups * part / parts * keys, to = smaller(groups * (part + 1) / parts * keys, step.n);
+      const C* query = s.query + step.row * padded_depth;
+      if (step.k.tail) dot_products_of<count, true>(step, query, from, to);
+      else dot_products_of<count, false>(step, query, from, to);
+    });
   }
 
   // TAIL is a template argument so that the sums live in registers from end to end.
   template <int ROWS, bool TAIL>
-  __attribute__((noinline)) void dot_products_of(const TileRows<T>& k, const C* query, Ahead next) {
-    constexpr int sums = kVectorBytes == 64 ? 16 : 8, keys = sums / ROWS;  // half of the registers
+  __attribute__((noinline)) void dot_products_of(const Step& step, const C* query, int64_t from, int64_t to) {
+    constexpr int sums = kSums, keys = sums / ROWS;
+    // Of each stream, as many lines as are read of the keys.
+    constexpr int lines = (keys * kPair * static_cast<int>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
     // Copies, because the compiler takes every store for one that may change a member.
+    const TileRows<T> k = step.k;
+    Ahead values_ahead = step.values.from(from), keys_ahead = step.keys.from(from);
     const int64_t count = k.count, depth_in_pairs = whole, query_stride = padded_depth;
-    C* scores = s.scores;
-    for (int64_t t = 0; t < count; t += keys, scores += sums) {
+    C* scores = step.scores + from * ROWS;
+    for (int64_t t = from; t < to; t += keys, scores += sums) {
       const T* key[keys];
-      unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA {
-        key[i] = k.data + smaller(t + i, count - 1) * k.stride;
-        next.prefetch(t + i);
-      });
+      unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { key[i] = k.data + smaller(t + i, count - 1) * k.stride; });
       Vec<C> sum[sums];  // [key][row]
       unrolled<sums>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
       const auto add = [&](const C* q, const auto& element) LAK_INLINE_LAMBDA {
@@ -339,6 +370,7 @@ class DecodeRows {
         });
       };
       for (int64_t d = 0; d < depth_in_pairs; d += kPair) {
+        unrolled<lines>([&](auto) LAK_INLINE_LAMBDA { values_ahead.prefetch_line(), keys_ahead.prefetch_line(); });
         add(query + d, [&](auto i) LAK_INLINE_LAMBDA { return load_half<0>(key[i] + d); });
         add(query + d + kLane, [&](auto i) LAK_INLINE_LAMBDA { return load_half<1>(key[i] + d); });
       }
@@ -355,9 +387,8 @@ class DecodeRows {
   // sum_so_far hold a vector; lane i belongs to row i % ROWS, and the sums are added over lanes at the very end. rescale,
   // likewise: what the old sums shrink by.
   template <int ROWS>
-  __attribute__((noinline)) void softmax(int64_t n, C* maximum_so_far, C* sum_so_far, C* rescale) {
+  __attribute__((noinline)) void softmax(int64_t n, C* scores, C* maximum_so_far, C* sum_so_far, C* rescale) {
     constexpr int chains = kSoftmaxChains;
-    C* scores = s.scores;
     const int64_t end = round_up(n * ROWS, chains * kLane);
     for (int64_t i = n * ROWS; i < end; ++i) scores[i] = kMinusInfinity;
     const auto larger_of_each = [](Vec<C> a, Vec<C> b) LAK_INLINE_LAMBDA { return maximum<C>(a, b); };  // NaN: the second
@@ -387,43 +418,31 @@ class DecodeRows {
     store(sum_so_far, load(sum_so_far) * shrinking_by + sum[0]);
   }
 
-  // out[r] = rescale[r] * out[r] + sum_t scores[t][r] V[t]
+  // out[r] = rescale[r] * out[r] + sum_t scores[t][r] V[t]. Between its blocks of columns: the scores of the next step.
   template <int ROWS>
-  void weighted_sum(const TileRows<T>& v, const C* rescale, C* out, const Ahead& next) {
-    // A block: so many rows, and as many pairs of columns as leave registers for a pair and the weights, of 32 (AVX-512) or 16.
-    constexpr int together = kVectorBytes == 64 || ROWS == 1 ? ROWS : 2;
-    constexpr int64_t most = kVectorBytes == 64 ? (ROWS > 2 ? 2 : 4) : (ROWS > 1 ? 3 : 4);
-    const int64_t columns = (whole / kPair + most - 1) / most, blocks = ROWS / together * columns;
+  void weighted_sum(const TileRows<T>& v, const C* scores, const C* rescale, C* out, const Step& next) {
+    constexpr int64_t most = kVectorBytes == 64 ? (ROWS > 2 ? 2 : 4) : 4 / ROWS;  // pairs of a block: 8 or 16 sums
+    const int64_t blocks = larger(1, (whole / kPair + most - 1) / most);
     int64_t block = 0;
-    for (int64_t r = 0; r < ROWS; r += together) {
-      const C *weights = s.scores + r, *shrink = rescale + r;
-      C* to = out + r * padded_depth;
-      for (int64_t d = 0; d < whole;) {
-        const int64_t left = (whole - d) / kPair, pairs = left == most + 1 ? most - 1 : smaller(left, most);  // 4 = 2 + 2
-        const Ahead share = next.share(block++, blocks);
-        unrolled<most>([&](auto less) LAK_INLINE_LAMBDA {
-          constexpr int width = less + 1;
-          if (pairs == width) block_of<ROWS, together, width>(v.data + d, v.stride, v.count, weights, shrink, to + d, share);
-        });
-        d += pairs * kPair;
-      }
-      if (v.tail) {
-        const Ahead share = whole == 0 ? next.share(r / together, ROWS / together) : Ahead{};
-        block_of<ROWS, together, 1>(v.tail, kPair, v.count, weights, shrink, to + whole, share);
-      }
+    for (int64_t d = 0; d < whole; d += most * kPair) {
+      const int64_t pairs = smaller(most, (whole - d) / kPair);
+      unrolled<most>([&](auto less) LAK_INLINE_LAMBDA {
+        constexpr int width = less + 1;
+        if (pairs == width) block_of<ROWS, width>(v.data + d, v.stride, v.count, scores, rescale, out + d);
+      });
+      dot_products(next, block++, blocks);
     }
+    if (v.tail) block_of<ROWS, 1>(v.tail, kPair, v.count, scores, rescale, out + whole);
+    if (whole == 0) dot_products(next, 0, 1);
   }
 
-  // STRIDE: from one key's weights to the next key's. Sums begin at zero and meet the old ones at the end: short chains of
-  // additions round less.
-  template <int STRIDE, int ROWS, int PAIRS, class S>
-  __attribute__((noinline)) void block_of(const S* v, int64_t stride, int64_t n, const C* weights, const C* rescale, C* out,
-                                          Ahead next) {
+  // Sums begin at zero and meet the old ones at the end: short chains of additions round less.
+  template <int ROWS, int PAIRS, class S>
+  __attribute__((noinline)) void block_of(const S* v, int64_t stride, int64_t n, const C* weights, const C* rescale, C* out) {
     constexpr int vecs = 2 * PAIRS;
     Vec<C> sum[ROWS * vecs];
     unrolled<ROWS * vecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
-    for (int64_t t = 0; t < n; ++t, v += stride, weights += STRIDE) {
-      next.prefetch(t);
+    for (int64_t t = 0; t < n; ++t, v += stride, weights += ROWS) {
       Vec<C> weight[ROWS];
       unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA { weight[r] = in_register<C>(broadcast(weights[r])); });
       unrolled<vecs>([&](auto i) LAK_INLINE_LAMBDA {
