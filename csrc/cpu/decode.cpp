@@ -3,7 +3,7 @@
 //
 // One task is one range of keys of one key/value head. For a tile of keys it computes the scores of all rows (a row is
 // one query of one query head), takes one online softmax step per row and adds P V. Memory must be busy all that time, and
-// must never be asked for more lines at once than a core can wait for (24 on a Zen 3: what comes on top stalls it). So the
+// must never be asked for more lines at once than a core can wait for (some two dozen: what comes on top stalls it). So the
 // scores of a tile are computed piece by piece between the pieces of the sums of the tile before, and while they read a
 // line of keys they ask for one of that tile's values and one of the next tile's keys.
 //
