@@ -48,8 +48,8 @@ sanitize: install
 	cp build/sanitize/libllama_adapter_kernels.so build/sanitize/site/llama_adapter_kernels/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(abspath build/sanitize/site) \
-	    $(BIN)/pytest -n 2 tests/test_attention_cpu.py tests/test_properties.py tests/test_bad_input.py \
-	    tests/test_invariants.py
+	    $(BIN)/pytest -n 2 tests/cpu/test_attention_cpu.py tests/ops/test_properties.py tests/ops/test_bad_input.py \
+	    tests/ops/test_invariants.py
 
 # The main cases and contestants; `llama-adapter bench` runs all, in half an hour or so. The report is written even where a
 # contestant was wrong; the exit status tells.

@@ -2,26 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter_kernels.attention import (
+from llama_adapter_kernels.ops.attention import (
     zero_gate_attention,
     zero_gate_attention_varlen,
     zero_gate_decode,
 )
-from llama_adapter_kernels.backends import available_backends, use_backend
+from llama_adapter_kernels.ops.backends import available_backends, use_backend
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama_adapter_kernels.adapter import AdapterConfig, ZeroGateAdapter
-    from llama_adapter_kernels.integrations.transformers import attach_adapter, detach_adapter, load_adapter
+    from llama_adapter_kernels.adapters.adapter import AdapterConfig, ZeroGateAdapter
+    from llama_adapter_kernels.integrations.transformers.attach import attach_adapter, detach_adapter, load_adapter
 
 # Loaded when first used: the operation alone needs neither of these modules.
 _LAZY = {
-    "AdapterConfig": "adapter",
-    "ZeroGateAdapter": "adapter",
-    "attach_adapter": "integrations.transformers",
-    "detach_adapter": "integrations.transformers",
-    "load_adapter": "integrations.transformers",
+    "AdapterConfig": "adapters.adapter",
+    "ZeroGateAdapter": "adapters.adapter",
+    "attach_adapter": "integrations.transformers.attach",
+    "detach_adapter": "integrations.transformers.attach",
+    "load_adapter": "integrations.transformers.attach",
 }
 
 

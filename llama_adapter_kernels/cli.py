@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llama_adapter_kernels.bench.cli import bench, bench_check, bench_report
 from llama_adapter_kernels.commands import demo, finetune, generate, info
+from llama_adapter_kernels.commands.bench import bench, bench_check, bench_report
 from llama_adapter_kernels.errors import UserError
 
 # Packages that only some commands need -> the extra that brings them.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.data import Row, prompt_tokens, read_rows
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer
+from llama_adapter_kernels.training.data import Row, prompt_tokens, read_rows
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels import reference
-from llama_adapter_kernels.attention import zero_gate_attention, zero_gate_attention_varlen
+from llama_adapter_kernels.ops import reference
+from llama_adapter_kernels.ops.attention import zero_gate_attention, zero_gate_attention_varlen
 
 DIFFERENTIABLE = ("query", "key", "value", "prefix_key", "prefix_value", "gate")
 

@@ -1,9 +1,12 @@
 """Shared by all tests: one thread per worker, seeds, no GPU tests without a GPU."""
 
 import os
+from types import ModuleType
 
 import pytest
 import torch
+
+from tests.support.emulator import load_emulator
 
 # Tests run side by side, one per core: threads of one test would only wait for those of another. Tests that are about
 # threads set their own number.
@@ -14,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The CUDA sources compiled for the emulator, built once for all test workers."""
+    return load_emulator()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama_adapter_kernels import backends, reference, zero_gate_decode
+from llama_adapter_kernels import zero_gate_decode
 from llama_adapter_kernels.bench.peer import Peer, Prepared
+from llama_adapter_kernels.ops import backends, reference
 from llama_adapter_kernels.testing import Problem
 
 SDPA_BACKENDS = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import llama_adapter_kernels
-from llama_adapter_kernels import ops
+from llama_adapter_kernels.ops import registration
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
@@ -27,7 +27,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cpu_clock_mhz": cpu_clock(),
         "threads": torch.get_num_threads(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "our_instruction_set": ops.cpu_instruction_sets()[1] if ops.library_error is None else None,
+        "our_instruction_set": registration.cpu_instruction_sets()[1] if registration.library_error is None else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "llama_adapter_kernels": llama_adapter_kernels.__version__,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels import backends, zero_gate_attention, zero_gate_attention_varlen
+from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen
 from llama_adapter_kernels.bench.attention_peers import two_calls
 from llama_adapter_kernels.bench.model_problem import IGNORED, ModelProblem, OneTokenCache, build_model
 from llama_adapter_kernels.bench.peer import Peer, Prepared
+from llama_adapter_kernels.ops import backends
 
 # (query, key, value, prefix_key, prefix_value, gate [Hq], attn_mask, is_causal, scale, kwargs of the model) -> output
 Attention = Callable[..., Tensor]

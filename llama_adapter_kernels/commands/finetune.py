@@ -48,8 +48,8 @@ def finetune(
     """
     import torch
 
-    from llama_adapter_kernels.finetune import finetune as run
-    from llama_adapter_kernels.settings import Execution, Settings
+    from llama_adapter_kernels.training.finetune import finetune as run
+    from llama_adapter_kernels.training.settings import Execution, Settings
 
     settings = Settings(
         prefix_length=prefix_length,

@@ -39,9 +39,9 @@ def generate(
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     import torch
 
-    from llama_adapter_kernels.data import Row
     from llama_adapter_kernels.generate import Sampling, load_answerer, read_instructions
     from llama_adapter_kernels.models import pick_dtype
+    from llama_adapter_kernels.training.data import Row
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
     rows = read_instructions(file) if file is not None else []
@@ -71,7 +71,7 @@ def generate(
 
 def _converse(answerer: "Answerer", sampling: "Sampling") -> None:
     """Answers line by line until the input ends. Each instruction stands alone: the adapter was trained like that."""
-    from llama_adapter_kernels.data import Row
+    from llama_adapter_kernels.training.data import Row
 
     if sys.stdin.isatty():
         typer.echo("Type an instruction; Ctrl-D ends.")

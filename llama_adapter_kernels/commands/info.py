@@ -10,7 +10,7 @@ def info() -> None:
     import torch
 
     import llama_adapter_kernels as lak
-    from llama_adapter_kernels import backends, ops
+    from llama_adapter_kernels.ops import backends, registration
 
     python = platform.python_version()
     typer.echo(f"llama-adapter-kernels {lak.__version__}, torch {torch.__version__}, Python {python}")
@@ -22,8 +22,8 @@ def info() -> None:
         for backend in backends.BACKENDS:
             reason = backends.unavailable_reason(backend, device)
             typer.echo(f"  {backend:<10} {'available' if reason is None else f'not available: {reason}'}")
-    if ops.library_error is None:
-        usable, used = ops.cpu_instruction_sets()
+    if registration.library_error is None:
+        usable, used = registration.cpu_instruction_sets()
         typer.echo(f"CPU instruction sets: {', '.join(usable)}; in use: {used}; threads: {torch.get_num_threads()}")
     for line in _cuda_lines():
         typer.echo(line)
@@ -33,9 +33,13 @@ def _cuda_lines() -> list[str]:
     """What the CUDA library says of its architectures and kernels, one line each; why not, where it is not there."""
     import torch
 
-    from llama_adapter_kernels import cuda_library, ops
+    from llama_adapter_kernels.ops import cuda_library, registration
 
-    lines = [] if ops.cuda_library_error is None else [f"CUDA library: not used: {ops.cuda_library_error}"]
+    lines = (
+        []
+        if registration.cuda_library_error is None
+        else [f"CUDA library: not used: {registration.cuda_library_error}"]
+    )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {properties.name}, compute capability {properties.major}.{properties.minor}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama_adapter_kernels import reference
-from llama_adapter_kernels.backends import use_backend
-from llama_adapter_kernels.data import Example
-from llama_adapter_kernels.packing import pack
-from llama_adapter_kernels.trainer import response_loss
+from llama_adapter_kernels.ops import reference
+from llama_adapter_kernels.ops.backends import use_backend
+from llama_adapter_kernels.training.data import Example
+from llama_adapter_kernels.training.packing import pack
+from llama_adapter_kernels.training.trainer import response_loss
 
 _BATCH_TOKENS = 4096  # of a packed evaluation batch, more or less
 TIMED_SHAPE = (8, 256)  # sequences, tokens

@@ -10,17 +10,17 @@ import transformers
 import typer
 from transformers import TrainerCallback
 
-from llama_adapter_kernels import backends
-from llama_adapter_kernels.data import Example, Row, tokenize
 from llama_adapter_kernels.demo import corpus
 from llama_adapter_kernels.demo.measure import held_out_loss, step_times
 from llama_adapter_kernels.demo.pictures import gates_picture, loss_picture
 from llama_adapter_kernels.demo.report import Answers, Results, report
-from llama_adapter_kernels.finetune import attach, train
 from llama_adapter_kernels.generate import Answerer, Sampling
 from llama_adapter_kernels.models import load_model_and_tokenizer
-from llama_adapter_kernels.run_folder import check_output, data_fingerprint, prepare_output
-from llama_adapter_kernels.settings import Execution, Settings
+from llama_adapter_kernels.ops import backends
+from llama_adapter_kernels.training.data import Example, Row, tokenize
+from llama_adapter_kernels.training.finetune import attach, train
+from llama_adapter_kernels.training.run_folder import check_output, data_fingerprint, prepare_output
+from llama_adapter_kernels.training.settings import Execution, Settings
 
 BASE_MODEL = Path(__file__).parent / "assets" / "base"
 SETTINGS = Settings(

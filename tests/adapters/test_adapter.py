@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CONFIGS, SHAPE, TOKENS, adapted, build
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama_adapter_kernels as lak
+from tests.support.small_models import CONFIGS, SHAPE, TOKENS, adapted, build
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,7 +33,7 @@ def test_the_prefix_branch_is_the_paper_s(name: str) -> None:
         layer.gate.zero_()
     queries: list[Tensor] = []
     original = lak.zero_gate_attention
-    import llama_adapter_kernels.integrations.transformers_attention as integration
+    import llama_adapter_kernels.integrations.transformers.attention as integration
 
     def spy(query: Tensor, *args: object, **kwargs: object) -> Tensor:
         queries.append(query)

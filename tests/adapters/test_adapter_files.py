@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import TOKENS, adapted, build
 
 import llama_adapter_kernels as lak
+from tests.support.small_models import TOKENS, adapted, build
 
 
 def test_files_hold_what_they_should(tmp_path: Path) -> None:

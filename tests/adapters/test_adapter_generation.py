@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import TOKENS, adapted, build
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.integrations import transformers_attention
+from llama_adapter_kernels.integrations.transformers import attention as transformers_attention
+from tests.support.small_models import TOKENS, adapted, build
 
 NEW = 9
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import TOKENS, adapted, build
 from torch import Tensor, nn
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.integrations import transformers_attention
+from llama_adapter_kernels.integrations.transformers import attention as transformers_attention
+from tests.support.small_models import TOKENS, adapted, build
 
 ROWS = [TOKENS[0, :13], TOKENS[0, 4:9], TOKENS[0, 2:4]]
 

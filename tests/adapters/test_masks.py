@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from llama_adapter_kernels.integrations.transformers import _register
-from llama_adapter_kernels.integrations.transformers_masks import Packed, Window, read_mask
+from llama_adapter_kernels.integrations.transformers.attach import _register
+from llama_adapter_kernels.integrations.transformers.masks import Packed, Window, read_mask
 
 _register()
 HEADS, WIDTH = 2, 4

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from small_models import TOKENS, adapted, build
 from torch import Tensor, nn
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.adapter import AdapterLayer
+from llama_adapter_kernels.adapters.adapter import AdapterLayer
+from tests.support.small_models import TOKENS, adapted, build
 
 
 def logits(model: nn.Module) -> Tensor:

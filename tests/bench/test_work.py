@@ -3,10 +3,11 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_adapter_kernels import reference, testing
+from llama_adapter_kernels import testing
 from llama_adapter_kernels.bench.cases import ModelShape
 from llama_adapter_kernels.bench.model_problem import empty_model
 from llama_adapter_kernels.bench.work import attention_work, model_work, score_pairs
+from llama_adapter_kernels.ops import reference
 
 
 def pairs_by_mask(problem: testing.Problem) -> int:

@@ -3,19 +3,14 @@
 Small shapes that cross every tile edge; each case under another order of the threads.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from emulated import EmulatedProblem
-
 from llama_adapter_kernels.testing import Case, deviations, make_problem, truth_of
+from tests.support.emulated import EmulatedProblem
 
 SMALL = Case(batch=1, heads_q=2, heads_kv=1, head_dim=64)
 HALF = (torch.bfloat16, torch.float16)

@@ -1,20 +1,15 @@
 """What the launchers refuse, and how they say so. The same launch.cu is in the CUDA library and in the emulator."""
 
 import ctypes
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from emulated import EmulatedProblem
-
-from llama_adapter_kernels import cuda_library
+from llama_adapter_kernels.ops import cuda_library
 from llama_adapter_kernels.testing import Case, make_problem
+from tests.support.emulated import EmulatedProblem
 
 SMALL = Case(batch=1, heads_q=2, heads_kv=1, seq_q=4, seq_k=4, head_dim=64)
 

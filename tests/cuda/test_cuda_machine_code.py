@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 
-from llama_adapter_kernels import cuda_library
-from llama_adapter_kernels.cuda_library import Kernel
+from llama_adapter_kernels.ops import cuda_library
+from llama_adapter_kernels.ops.cuda_library import Kernel
 
 pytestmark = pytest.mark.skipif(
     not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc at installation, or LAK_CUDA=0"

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_emulated import CASES
 
 from llama_adapter_kernels import available_backends, zero_gate_attention, zero_gate_decode
-from llama_adapter_kernels.backends import unavailable_reason
+from llama_adapter_kernels.ops.backends import unavailable_reason
 from llama_adapter_kernels.testing import Case, assert_matches_reference, deviations, make_problem
+from tests.cuda.test_cuda_emulated import CASES
 
 pytestmark = [
     pytest.mark.gpu,

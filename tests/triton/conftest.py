@@ -2,20 +2,15 @@
 
 Whether kernels are interpreted is decided when Triton is imported, for the whole process. Other tests of the same run
 may want them compiled (on a GPU, or ahead of time), so this process never sets TRITON_INTERPRET: a spawned child does.
-This folder must not become a package: with `tests` on sys.path, `import triton` would find it.
 """
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the children import the checks by name
-
-from child_process import RunInChild, child_process
+from tests.support.child_process import RunInChild, child_process
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import triton_checks
-from child_process import RunInChild
 
 from llama_adapter_kernels.testing import Case
+from tests.support import triton_checks
+from tests.support.child_process import RunInChild
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = {"batch": 1, "heads_q": 2, "heads_kv": 1}

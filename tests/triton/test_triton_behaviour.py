@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-import triton_checks
-from child_process import RunInChild
 
 from llama_adapter_kernels import triton_kernels
 from llama_adapter_kernels.testing import Case
 from llama_adapter_kernels.triton_kernels import tuning
+from tests.support import triton_checks
+from tests.support.child_process import RunInChild
 
 DECODE = [
     Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=300),  # many splits

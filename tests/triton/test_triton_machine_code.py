@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from child_process import RunInChild
 
 from llama_adapter_kernels.triton_kernels.tuning import SHARED_MEMORY_KIB
+from tests.support.child_process import RunInChild
 
 # Matrix instructions a kernel may use. A tile of 16 rows (decode, prefix gradients) is below the 64 rows of a Hopper
 # matrix instruction, and there Triton takes the older one.
@@ -48,7 +48,7 @@ def _name(value: object) -> str:
 
 @pytest.mark.parametrize(("card", "dtype", "head_dim", "pass_name"), TABLE if ALL_TILES else REPRESENTATIVE, ids=_name)
 def test_tuning_table(compiled_here: RunInChild, card: str, dtype: torch.dtype, head_dim: int, pass_name: str) -> None:
-    import ahead_of_time
+    from tests.support import ahead_of_time
 
     for report in compiled_here(ahead_of_time.compile_for, card, dtype, head_dim, pass_name):
         assert report.spills_in_loops <= SPILLS_OF.get((dtype, head_dim, report.kernel), 0), report
@@ -72,7 +72,7 @@ def test_tuning_table(compiled_here: RunInChild, card: str, dtype: torch.dtype, 
 )
 def test_every_option_compiles(compiled_here: RunInChild, options: dict[str, object]) -> None:
     """Types and shapes of all branches hold; the interpreter does not check them as the compiler does."""
-    import ahead_of_time
+    from tests.support import ahead_of_time
 
     for pass_name in ("forward", "backward"):
         for report in compiled_here(ahead_of_time.compile_for, "sm80", HALF, 64, pass_name, **options):
@@ -80,7 +80,7 @@ def test_every_option_compiles(compiled_here: RunInChild, options: dict[str, obj
 
 
 def test_head_dim_that_is_no_power_of_two_is_copied_16_bytes_at_a_time(compiled_here: RunInChild) -> None:
-    import ahead_of_time
+    from tests.support import ahead_of_time
 
     (report,) = compiled_here(ahead_of_time.compile_for, "sm80", BRAIN, 72, "forward")
     assert report.instructions["LDGSTS"] >= 16, report
@@ -88,7 +88,7 @@ def test_head_dim_that_is_no_power_of_two_is_copied_16_bytes_at_a_time(compiled_
 
 def test_offsets_have_64_bits(compiled_here: RunInChild) -> None:
     """Pointers to tiles of tensors never advance by a 32-bit offset."""
-    import ahead_of_time
+    from tests.support import ahead_of_time
 
     narrow = compiled_here(ahead_of_time.narrow_tile_offsets, "sm80", BRAIN, 128)
     assert narrow == []

@@ -1,0 +1,1 @@
+"""The parameters of an adapter: configuration, layers, files and cached prefixes."""

@@ -1,0 +1,1 @@
+"""Adapters in models of Hugging Face transformers."""

@@ -1,0 +1,146 @@
+"""The attention function that transformers calls in place of its own.
+
+The hook hands over query [B, Hq, S, D] (rotated and normed), key and value un-repeated with the whole cache, and what
+`transformers_masks.zero_gate_mask` returned for this forward pass.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels.adapters.adapter import AdapterLayer
+from llama_adapter_kernels.adapters.prefix_cache import projection_sources
+from llama_adapter_kernels.integrations.transformers.masks import Packed, Window, read_mask
+from llama_adapter_kernels.ops import backends
+from llama_adapter_kernels.ops.attention import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
+
+LAYER = "zero_gate"  # the attribute of an attention module that holds its AdapterLayer
+_PROJECTIONS = ("k_proj", "v_proj", "k_norm")
+OptionalPrefix = tuple[Tensor | None, Tensor | None, Tensor | None]
+_REFUSED = {
+    "softcap": "a soft cap on scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache (continuous batching)",
+    "output_attentions": "the probabilities never exist as a tensor",
+}
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with the prefix of its adapter if it has one. Returns (output [B, S, Hq, D], None).
+
+    Raises:
+        ValueError: the model asks for something that is not supported.
+    """
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0 with a zero-gate adapter, got {dropout}")
+    for name in kwargs:
+        if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: not supported with a zero-gate adapter ({_REFUSED[name]})")
+    prefix: OptionalPrefix = (None, None, None)
+    layer: AdapterLayer | None = module._modules.get(LAYER)
+    if layer is not None:
+        prefix = layer.prefix(
+            lambda prompt: _project(module, prompt), lambda: projection_sources(module, _PROJECTIONS), query
+        )
+    mask = read_mask(attention_mask)
+    if kwargs.get("cu_seq_lens_q") is not None or isinstance(mask, Packed):
+        return _packed(query, key, value, prefix, mask, scaling, kwargs), None
+    start = end = None
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None
+    if isinstance(mask, Window):
+        (start, end), mask, causal = mask, None, True
+    if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, *prefix):
+        output = _decode(query, key, value, prefix, start, end, scaling)
+    else:
+        output = zero_gate_attention(
+            query, key, value, *prefix, is_causal=causal, scale=scaling, attn_mask=mask, key_start=start, key_end=end
+        )
+    return output.transpose(1, 2), None
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, start: Tensor | None, end: Tensor | None,
+    scaling: float | None,
+) -> Tensor:  # fmt: skip
+    """One new token per sequence.
+
+    A small model spends more time in Python than in attention here. What zero_gate_decode does for its callers holds
+    already (the form of the gate, the types of the lengths) or is checked again by the op, so the op is called directly.
+    """
+    if (
+        scaling is not None
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and not torch.is_autocast_enabled(query.device.type)
+    ):
+        op = _decode_op(backends._forced, query.device, query.dtype, query.shape[3])
+        if op is not None:
+            with torch._C._AutoDispatchBelowAutograd():  # gradients are off: spares the op's autograd part, in Python
+                output: Tensor = op(query, key, value, *prefix, start, end, None, scaling, True)
+            return output
+    return zero_gate_decode(query, key, value, end, *prefix, scale=scaling, key_start=start)
+
+
+@lru_cache(maxsize=64)
+def _decode_op(forced: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """The decode op of the backend that runs such tensors; None for the reference, which is no op."""
+    chosen = backends.choose(None, torch.empty(0, head_dim, device=device, dtype=dtype))
+    if chosen == "reference":
+        return None
+    namespace = torch.ops.llama_adapter_kernels_triton if chosen == "triton" else torch.ops.llama_adapter_kernels
+    return namespace.decode.default
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, mask: Packed | Tensor | None,
+    scaling: float | None, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        longest_q, longest_k = int(kwargs["max_length_q"]), int(kwargs["max_length_k"])
+        window = kwargs.get("sliding_window")
+        if window is not None and longest_k > window:
+            raise ValueError(
+                f"max_length_k: expected at most sliding_window {window}, got {longest_k}; "
+                "position_ids that restart with every sequence, without cu_seq_lens, are supported"
+            )
+        # While torch.compile traces, transformers always makes a mask from position_ids: not the caller's, and not used.
+        if mask is not None and not isinstance(mask, Packed) and not torch.compiler.is_compiling():
+            raise ValueError("cu_seq_lens_q: expected no attention_mask that hides anything besides, got both")
+    else:
+        assert isinstance(mask, Packed)
+        offsets_q = offsets_k = mask.offsets
+        longest_q = longest_k = mask.longest
+    # [B, H, S, D] views of [B, S, H, D] memory: the rows of the batch lie one after the other already.
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output = zero_gate_attention_varlen(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *prefix, cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, is_causal=True, scale=scaling,
+    )  # fmt: skip
+    return output.view(query.shape)
+
+
+def _project(module: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Prefix key and value [1, Hkv, P, D]: through the layer's own projections (and key norm), never rotated."""
+    key = module.k_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
+    value = module.v_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
+    if hasattr(module, "k_norm"):  # Qwen3 norms each key head
+        key = module.k_norm(key)
+    return key.transpose(1, 2), value.transpose(1, 2)

@@ -1,0 +1,128 @@
+"""What the CUDA library holds: its architectures and kernels, read without a GPU.
+
+Tiles, threads and shared memory come from the library itself (`lak_cuda_kernels` of csrc/cuda/launch.h), registers and
+local memory from the machine code, by the cuobjdump that the Triton package carries.
+"""
+
+import ctypes
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+LIBRARY = Path(__file__).parent.parent / "libllama_adapter_kernels_cuda.so"
+
+# Kernel names of the sources by the names of `lak_cuda_kernels`, with the flags among their template arguments.
+_FUNCTIONS = {
+    "forward": ("forward_kernel", "0"),
+    "forward_masked": ("forward_kernel", "1"),
+    "backward_keys_dquery": ("backward_keys_kernel", "01"),
+    "backward_keys": ("backward_keys_kernel", "00"),
+    "backward_keys_masked": ("backward_keys_kernel", "10"),
+    "backward_queries": ("backward_queries_kernel", "0"),
+    "backward_queries_masked": ("backward_queries_kernel", "1"),
+    "backward_rows": ("backward_rows_kernel", ""),
+    "backward_prefix": ("backward_prefix_kernel", ""),
+    "decode": ("decode_kernel", ""),
+}
+_TYPES = {"bfloat16": "NS_8BFloat16E", "float16": "NS_7Float16E", "float32": "f"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as it was designed."""
+
+    name: str
+    dtype: str
+    head_dim: int  # padded
+    rows: int  # queries of a tile
+    keys: int  # keys (prefix kernels: slots) of a tile
+    threads: int  # of a block
+    blocks: int  # that one multiprocessor shall hold at the same time
+    shared: int  # dynamic shared memory of a block, bytes
+
+    @property
+    def symbol(self) -> str:
+        """The mangled name up to the parameters."""
+        function, flags = _FUNCTIONS[self.name]
+        arguments = "".join(f"ELb{flag}" for flag in flags)
+        return f"_ZN3lak{len(function)}{function}I{_TYPES[self.dtype]}Li{self.head_dim}{arguments}EEEv"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel became for one architecture."""
+
+    registers: int  # of a thread
+    stack: int  # local memory of a thread, bytes: spills and arrays
+
+
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.lak_cuda_kernels.restype = ctypes.c_char_p
+    library.lak_cuda_architectures.restype = ctypes.c_char_p
+    return library
+
+
+def architectures() -> list[str]:
+    """The architectures with code of their own, such as "sm_80"."""
+    return [f"sm_{number}" for number in _library().lak_cuda_architectures().decode().split()]
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel with a matrix product in it; sums and conversions are left out."""
+    lines = _library().lak_cuda_kernels().decode().splitlines()
+    return [Kernel(name, dtype, *map(int, numbers)) for name, dtype, *numbers in map(str.split, lines)]
+
+
+def cuobjdump() -> Path | None:
+    """The tool of the Triton package; None where Triton is not installed."""
+    spec = util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return tool if tool.exists() else None
+
+
+def usage() -> dict[str, dict[str, Usage]]:
+    """By architecture and mangled name; empty without cuobjdump."""
+    tool = cuobjdump()
+    if tool is None:
+        return {}
+    text = subprocess.run([tool, "-res-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[str, Usage]] = {}
+    for part in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (\w+)", part)
+        for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", part):
+            assert architecture is not None
+            found.setdefault(architecture[1], {})[name] = Usage(int(registers), int(stack))
+    return found
+
+
+def usage_of(kernel: Kernel, functions: dict[str, Usage]) -> Usage:
+    """The entry of `kernel` among the functions of one architecture."""
+    (found,) = (usage for name, usage in functions.items() if name.startswith(kernel.symbol))
+    return found
+
+
+def report() -> list[str]:
+    """A table for people, one line per kernel."""
+    if not LIBRARY.exists():
+        return ["CUDA library: not built (no nvcc at installation, or LAK_CUDA=0)"]
+    built, compiled = architectures(), usage()
+    lines = [f"CUDA library: {', '.join(built)}, and PTX for later cards"]
+    if not compiled:
+        return [*lines, "  registers are shown where Triton is installed (it brings cuobjdump)"]
+    lines.append(
+        f"  {'kernel':<24}{'type':<10}{'head_dim':>8}  {'tile':<8}{'threads':>7}{'KiB':>6}  registers ({', '.join(built)})"
+    )
+    for kernel in kernels():
+        found = [usage_of(kernel, compiled[architecture]) for architecture in built]
+        registers = " ".join(f"{u.registers}{'*' if u.stack else ''}" for u in found)
+        tile = f"{kernel.rows}x{kernel.keys}"
+        lines.append(
+            f"  {kernel.name:<24}{kernel.dtype:<10}{kernel.head_dim:>8}  {tile:<8}{kernel.threads:>7}"
+            f"{kernel.shared / 1024:>6.1f}  {registers}"
+        )
+    return [*lines, "  *: with local memory"]

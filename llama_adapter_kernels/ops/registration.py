@@ -1,0 +1,189 @@
+"""Loads the op libraries and gives their ops what torch needs: shapes for tracing (fakes) and gradients.
+
+`forward` returns (output, logsumexp), `backward` the six gradients, `decode` the output. The same three ops exist twice:
+`llama_adapter_kernels::*` are C++ (CPU, and CUDA where its library is loaded), `llama_adapter_kernels_triton::*` are Triton.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PACKAGE = Path(__file__).parent.parent
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+# The arguments of `forward` in schema order; `backward` takes the same around its own.
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? gate",
+    "Tensor? attn_mask, Tensor? key_start, Tensor? key_end, Tensor? prefix_index, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool is_causal",
+)
+FORWARD_SCHEMA = f"forward({_TENSORS[0]}, {_TENSORS[1]}) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = (
+    f"backward(Tensor doutput, {_TENSORS[0]}, Tensor output, Tensor logsumexp, {_TENSORS[1]}, bool need_dquery, "
+    "bool need_dkey_dvalue, bool need_dprefix, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+DECODE_SCHEMA = (
+    "decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? prefix_key, Tensor? prefix_value, Tensor? gate, "
+    "Tensor? key_start, Tensor? key_end, Tensor? prefix_index, float scale, bool is_causal) -> Tensor"
+)
+
+
+def _load(name: str) -> str | None:
+    """Loads one shared object of the package; returns why it could not, None on success."""
+    library = _PACKAGE / name
+    if not library.exists():
+        return f"{name} is not built: install the package with `pip install --no-build-isolation .`"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # built for another platform, or against something that is not here
+        return f"{name} does not load: {error}"
+    return None
+
+
+library_error = _load("libllama_adapter_kernels.so")
+
+
+def _cuda_library_error() -> str | None:
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    return library_error or _load("libllama_adapter_kernels_cuda.so")
+
+
+cuda_library_error = _cuda_library_error()
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    # [B, Hq, Sq, D] has statistics [B, Hq, Sq]; packed [T, Hq, D] has [Hq, T].
+    rows = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return torch.empty_like(query), query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
+
+
+def _backward_fake(
+    doutput: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    *rest: Any,
+) -> Gradients:
+    need_dquery, need_dkey_dvalue, need_dprefix, _ = rest[-4:]
+
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        return torch.empty_like(tensor) if needed and tensor is not None else query.new_empty(0)
+
+    if need_dprefix and gate is not None:
+        dgate = gate.new_empty(gate.shape)  # contiguous, whatever the strides of an expanded gate
+    else:
+        dgate = query.new_empty(0)
+    return (
+        like(query, need_dquery),
+        like(key, need_dkey_dvalue),
+        like(value, need_dkey_dvalue),
+        like(prefix_key, need_dprefix),
+        like(prefix_value, need_dprefix),
+        dgate,
+    )
+
+
+def _decode_fake(query: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, prefix_key, prefix_value, gate, *rest = inputs
+    *masks, max_seqlen_q, max_seqlen_k, scale, is_causal = rest
+    ctx.save_for_backward(query, key, value, prefix_key, prefix_value, gate, *output, *masks)
+    ctx.scalars = (max_seqlen_q, max_seqlen_k, scale, is_causal)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        'zero-gate attention has no second derivative (double backward); use backend="reference" for one'
+    )
+
+
+def _refuse_gradient_of_decode(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("zero_gate_decode has no gradient; use zero_gate_attention")
+
+
+def register(namespace: str) -> None:
+    """Gives the ops of `namespace` fakes and gradients."""
+    packet = getattr(torch.ops, namespace)
+
+    def backward(ctx: Any, doutput: Tensor | None, dlogsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
+        if doutput is None:  # only logsumexp was used, which has no gradient
+            return (None,) * 16
+        need = ctx.needs_input_grad
+        gradients = packet.backward(
+            doutput,
+            *ctx.saved_tensors,
+            *ctx.scalars,
+            need[0],
+            need[1] or need[2],
+            need[3] or need[4] or need[5],
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        wanted = [gradient if needed else None for gradient, needed in zip(gradients, need[:6], strict=True)]
+        return (*wanted, *(None,) * 10)
+
+    torch.library.register_fake(f"{namespace}::forward", _forward_fake)
+    torch.library.register_fake(f"{namespace}::backward", _backward_fake)
+    torch.library.register_fake(f"{namespace}::decode", _decode_fake)
+    torch.library.register_autograd(f"{namespace}::forward", backward, setup_context=_save_for_backward)
+    torch.library.register_autograd(f"{namespace}::backward", _refuse_second_derivative)
+    torch.library.register_autograd(f"{namespace}::decode", _refuse_gradient_of_decode)
+
+
+def _register_triton() -> torch.library.Library:
+    """Triton kernels as ops: torch.compile treats them as opaque, and needs Triton only when one is called."""
+    library = torch.library.Library("llama_adapter_kernels_triton", "DEF")
+    for schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, DECODE_SCHEMA):
+        library.define(schema)
+
+    def implementation(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            from llama_adapter_kernels import triton_kernels
+
+            return getattr(triton_kernels, name)(*arguments)
+
+        return call
+
+    for name in ("forward", "backward", "decode"):
+        for key in ("CUDA", "CPU"):  # CPU tensors reach Triton's interpreter
+            library.impl(name, implementation(name), key)
+    register("llama_adapter_kernels_triton")
+    return library
+
+
+def triton_unavailable_reason(device: torch.device) -> str | None:
+    from llama_adapter_kernels import triton_kernels
+
+    return triton_kernels.unavailable_reason(device)
+
+
+if library_error is None:
+    register("llama_adapter_kernels")
+_triton_library = _register_triton()
+
+# Forces the instruction set of the CPU kernels: baseline, avx2, avx512 or avx512_bf16. For tests.
+CPU_ISA_VARIABLE = "LAK_CPU_ISA"
+
+
+def cpu_instruction_sets() -> tuple[list[str], str]:
+    """(instruction sets that run on this CPU, weakest first; the one in use, or why none is)."""
+    usable = torch.ops.llama_adapter_kernels.cpu_instruction_sets().split()
+    wanted = os.environ.get(CPU_ISA_VARIABLE)
+    if wanted and wanted not in usable:  # every call of a kernel raises
+        return usable, f"none, {CPU_ISA_VARIABLE}={wanted} is not one of them"
+    return usable, torch.ops.llama_adapter_kernels.cpu_instruction_set()

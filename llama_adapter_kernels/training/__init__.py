@@ -1,0 +1,1 @@
+"""Fine-tuning: rows to tokens, packing, the training loop and its output folder."""

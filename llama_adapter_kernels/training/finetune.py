@@ -1,0 +1,227 @@
+"""Fine-tuning of an adapter on instruction data: from files to files. The recipe is the paper's (arXiv 2303.16199)."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_adapter_kernels as lak
+from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer, pick_dtype
+from llama_adapter_kernels.training.data import Example, read_rows, tokenize
+from llama_adapter_kernels.training.packing import StepDataset
+from llama_adapter_kernels.training.run_folder import (
+    CSV_FILE,
+    TENSORBOARD_FOLDER,
+    check_output,
+    data_fingerprint,
+    last_checkpoint,
+    prepare_output,
+    step_of,
+)
+from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `finetune` did. `losses` are the logged ones by step (nats per response token)."""
+
+    finished: bool
+    step: int
+    trainable_parameters: int
+    total_parameters: int
+    seconds: float
+    losses: dict[int, float] = field(default_factory=dict)
+
+
+def finetune(
+    model: str,
+    data: Path,
+    output: Path,
+    settings: Settings | None = None,
+    execution: Execution | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip_bad_rows: bool = False,
+) -> Outcome:
+    """Fine-tunes an adapter for `model` (a folder or a hub name) on the rows in `data` and saves it in `output`.
+
+    `output` receives adapter_config.json and the weights, checkpoint-*/ (adapter and optimizer), run.json (settings),
+    training_log.csv and tensorboard/. Under torchrun the processes share every step.
+
+    Raises:
+        UserError: data, folders, settings or model do not fit; the message says what and where.
+    """
+    settings, execution = settings or Settings(), execution or Execution()
+    check_settings(settings, execution)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process:
+        check_output(output, resume=resume, overwrite=overwrite)
+    rows = read_rows(data, skip_bad_rows=skip_bad_rows)
+    network, tokenizer = load_model_and_tokenizer(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
+    examples = tokenize(rows, tokenizer, settings.max_length)
+    if not any(example.prompt_length < len(example) for example in examples):
+        raise UserError(f"{data}: no example has room for a response within {settings.max_length} tokens")
+    run = {"model": model, "data_sha256": data_fingerprint(examples), "settings": asdict(settings)}
+    if main_process:
+        prepare_output(output, run, resume=resume)
+    checkpoint = last_checkpoint(output) if resume else None
+    adapter = attach(network, settings, checkpoint)
+    return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
+
+
+def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> "lak.ZeroGateAdapter":
+    """Gives the model the adapter to train, a new one or the one of a checkpoint; freezes everything else.
+
+    Raises:
+        UserError: settings or checkpoint do not fit the model.
+    """
+    from transformers import set_seed
+
+    set_seed(settings.seed)
+    with adapter_error_as_user_error():
+        if checkpoint:
+            adapter = lak.load_adapter(network, checkpoint)
+        else:
+            adapter = lak.attach_adapter(network, adapter_config(network, settings))
+    network.requires_grad_(False)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(True)
+    return adapter
+
+
+def train(
+    network: Any,
+    adapter: "lak.ZeroGateAdapter",
+    examples: list[Example],
+    output: Path,
+    settings: Settings,
+    execution: Execution,
+    *,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Outcome:
+    """Trains the adapter of a loaded model and saves it in `output`, a folder that exists.
+
+    Args:
+        checkpoint: go on from here; the adapter must have been loaded from it.
+        callbacks: further transformers TrainerCallbacks.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    from llama_adapter_kernels.training import trainer as training
+
+    trainable = adapter.num_parameters()
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        use_cpu=execution.on_cpu,
+        per_device_train_batch_size=1,  # of micro-batches
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.max_gradient_norm,
+        fp16=next(network.parameters()).dtype == torch.float16,  # scales the loss, or gradients would underflow
+        **_checkpointing(TrainingArguments, execution),
+        logging_steps=execution.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=not execution.progress_bar,
+        save_strategy="steps",
+        save_total_limit=execution.keep_checkpoints,
+        dataloader_pin_memory=not execution.on_cpu,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, never DataParallel
+    micro_batches = arguments.world_size * -(
+        -settings.batch_size // (execution.micro_batch_size * arguments.world_size)
+    )
+    dataset = StepDataset(examples, settings.batch_size, micro_batches, settings.seed)
+    total_steps = settings.max_steps or settings.epochs * dataset.steps
+    arguments.gradient_accumulation_steps = micro_batches // arguments.world_size
+    arguments.save_steps = execution.save_steps or min(dataset.steps, 500)
+    arguments.warmup_steps = warmup_steps(settings, dataset.steps, total_steps)
+
+    csv_path = output / CSV_FILE
+    own: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
+    if execution.tensorboard and arguments.process_index == 0:
+        own += _tensorboard(output / TENSORBOARD_FOLDER)
+    trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=[*own, *callbacks])
+    stop = training.StopOnSignal(trainer.any_rank)
+    trainer.add_callback(stop)
+    log.info(
+        "%d examples, %d tokens; %d trainable of %d parameters; %d steps of %d examples, learning rate %.3g",
+        len(examples), sum(map(len, examples)), trainable,
+        sum(p.numel() for p in network.parameters()), total_steps, settings.batch_size, settings.learning_rate,
+    )  # fmt: skip
+    started, done = time.monotonic(), step_of(checkpoint) if checkpoint else 0
+    if done < total_steps:  # Trainer would do one step more of a run that has them all
+        with stop.installed():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.failed_save:
+        kept = last_checkpoint(output)
+        hint = f"{kept} is whole: make room and go on with --resume" if kept else "nothing was saved"
+        raise UserError(f"{output}: the last save failed: {trainer.failed_save}; {hint}")
+    if not stop.stopped and trainer.is_world_process_zero():
+        training.save_adapter(adapter, output)
+    losses = {int(row["step"]): row["loss"] for row in training.read_csv_log(csv_path)}
+    return Outcome(
+        finished=not stop.stopped,
+        step=max(done, trainer.state.global_step),
+        trainable_parameters=trainable,
+        total_parameters=sum(p.numel() for p in network.parameters()),
+        seconds=time.monotonic() - started,
+        losses=losses,
+    )
+
+
+def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
+    """Prompts in the topmost layers; by default in all but the lowest two, as the paper has it for LLaMA-7B."""
+    available = network.config.num_hidden_layers
+    layers = max(1, available - 2) if settings.layers is None else settings.layers
+    if not 1 <= layers <= available:
+        raise UserError(f"--layers: the model has {available} layers, got {layers}")
+    return lak.AdapterConfig(
+        prefix_length=settings.prefix_length, num_layers=layers, gate=settings.gate, gate_shape=settings.gate_shape
+    )
+
+
+def warmup_steps(settings: Settings, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps of the linear warm-up; at most two fifths, as in the recipe, where a run is shorter than its warm-up."""
+    return min(round(settings.warmup_epochs * steps_per_epoch), round(0.4 * total_steps))
+
+
+def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
+    """transformers has renamed gradient checkpointing; either name, and neither where it is not asked for."""
+    if not execution.gradient_checkpointing:
+        return {}
+    name = "activation_checkpointing" if hasattr(arguments, "activation_checkpointing") else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _tensorboard(folder: Path) -> list[Any]:
+    """The callback that writes losses for TensorBoard; none where it is not installed, with a word about it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("tensorboard is not installed: losses go to training_log.csv alone")
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]
