@@ -1,12 +1,12 @@
 // What is compiled, for `llama-adapter info` and the tests of the machine code.
 #include <string>
 
-#include "decode/combine.h"
-#include "launch.h"
-#include "sm80/backward_keys.h"
-#include "sm80/backward_prefix.h"
-#include "sm80/backward_queries.h"
-#include "sm80/backward_rows.h"
+#include "sm80/decode/combine.h"
+#include "interface.h"
+#include "sm80/backward/keys.h"
+#include "sm80/backward/prefix.h"
+#include "sm80/backward/queries.h"
+#include "sm80/backward/rows.h"
 #include "sm80/forward.h"
 
 namespace {

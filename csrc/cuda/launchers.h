@@ -1,4 +1,4 @@
-// What the instantiations provide to launch.cu, one template per kernel family, and what they share with it.
+// What the instantiations provide to interface.cu, one template per kernel family, and what they share with it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "elements.h"
-#include "launch.h"
+#include "interface.h"
 #include "zero_gate_params.h"
 
 namespace lak {

@@ -1,6 +1,6 @@
 """What the CUDA library holds: its architectures and kernels, read without a GPU.
 
-Tiles, threads and shared memory come from the library itself (`lak_cuda_kernels` of csrc/cuda/launch.h), registers and
+Tiles, threads and shared memory come from the library itself (`lak_cuda_kernels` of csrc/cuda/interface.h), registers and
 local memory from the machine code, by the cuobjdump that the Triton package carries.
 """
 

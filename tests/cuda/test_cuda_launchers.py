@@ -1,4 +1,4 @@
-"""What the launchers refuse, and how they say so. The same launch.cu is in the CUDA library and in the emulator."""
+"""What the launchers refuse, and how they say so. The same interface.cu is in the CUDA library and in the emulator."""
 
 import ctypes
 from types import ModuleType

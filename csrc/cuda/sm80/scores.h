@@ -1,7 +1,7 @@
 // From raw products Q K^T to base-2 logits: scale, window, causality and mask, for a tile in accumulator layout.
 #pragma once
 
-#include "fragments.h"
+#include "sm80/fragments.h"
 #include "problem.h"
 
 namespace lak {

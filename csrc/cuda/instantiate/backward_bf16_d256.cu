@@ -1,3 +1,0 @@
-#include "sm80/backward_launch.h"
-
-template int lak::launch_backward<lak::BFloat16, 256>(const lak::ZeroGateParams&, cudaStream_t);

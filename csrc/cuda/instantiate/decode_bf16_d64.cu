@@ -1,3 +1,0 @@
-#include "decode/decode_launch.h"
-
-template int lak::launch_decode<lak::BFloat16, 64>(const lak::ZeroGateParams&, cudaStream_t);
