@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test sanitize bench bench-check lint wheel clean
+.PHONY: help install demo test sanitize bench bench-check lint format wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
@@ -14,7 +15,7 @@ help:
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and clang-format; make format applies what ruff and clang-format want"
 	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
 
 # torch first: an exact pin, so that nothing later decides which torch comes.
@@ -24,7 +25,7 @@ $(VENV)/environment.stamp: constraints.txt
 	$(PIP) pip setuptools wheel
 	$(PIP) torch numpy
 	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2 \
-	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy
+	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
 	touch $@
 
 # PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.
@@ -65,6 +66,12 @@ lint: $(VENV)/environment.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(VENV)/environment.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 wheel: $(VENV)/environment.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
