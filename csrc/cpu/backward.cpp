@@ -135,10 +135,10 @@ class BackwardTask {
   C* rows_of(C* buffer, int64_t block) const { return buffer + block * kBlockQueries * padded_depth; }
 
   void query_head(int64_t head) {
-    dquery = !p.dquery.data ? nullptr
-             : part.key_splits == 1
-                 ? s.dquery
-                 : work.dquery_parts + ((batch * p.heads_q + head) * part.key_splits + split) * part.padded_queries * padded_depth;
+    dquery = !p.dquery.data         ? nullptr
+             : part.key_splits == 1 ? s.dquery
+                                    : work.dquery_parts + ((batch * p.heads_q + head) * part.key_splits + split) *
+                                                              part.padded_queries * padded_depth;
     if (dquery) {
       for (int64_t i = 0; i < blocks * kBlockQueries * padded_depth; ++i) dquery[i] = 0;
     }
@@ -149,8 +149,7 @@ class BackwardTask {
     }
     if (dquery && part.key_splits == 1) {
       for (int64_t i = 0; i < seq.queries; ++i) {
-        narrow_row(dquery + i * padded_depth, scale, depth,
-                   row_pointer<T>(p.dquery, batch, head, seq.first_query + i));
+        narrow_row(dquery + i * padded_depth, scale, depth, row_pointer<T>(p.dquery, batch, head, seq.first_query + i));
       }
     }
   }
@@ -245,8 +244,8 @@ class BackwardTask {
     const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
     const T* keys = row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0);
     const auto k = Products::dotted_rows(keys, p.key.stride_row, n, depth, s.keys);
-    const auto v = Products::dotted_rows(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0),
-                                         p.value.stride_row, n, depth, s.values);
+    const auto v = Products::dotted_rows(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
+                                         n, depth, s.values);
     const auto summed_k = Products::summed_rows(keys, p.key.stride_row, n, depth, s.keys);
     const int64_t first_seeing = larger(0, k0 - seq.diagonal) / kBlockQueries;
     for (int64_t i = first_seeing; i < blocks; ++i) {
@@ -369,8 +368,8 @@ void add_prefix_parts(const ZeroGateParams& p, const Partition& part, const Work
       for (int64_t b = 0; b < p.batch; ++b) {
         if (sequence_of(p, b).prefix != entry) continue;
         for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
-          const C* from = (is_key ? work.prefix.dkey : work.prefix.dvalue) + (b * p.heads_q + head) * elements +
-                          slot * part.padded_depth;
+          const C* from =
+              (is_key ? work.prefix.dkey : work.prefix.dvalue) + (b * p.heads_q + head) * elements + slot * part.padded_depth;
           for (int64_t d = 0; d < part.padded_depth; ++d) row[d] += from[d];
         }
       }

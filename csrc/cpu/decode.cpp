@@ -294,7 +294,8 @@ class DecodeRows {
         step.values = ahead(v_view, b, k0);
         if (k0 + step.n < end) step.keys = ahead(k_view, b, k0 + step.n);
       } else {  // the first chunk has asked for all that, and filled the tail
-        step.k = {row_pointer<const T>(k_view, b, head_kv, k0), k_view.stride_row, whole == depth ? nullptr : s.key_tail, step.n};
+        step.k = {row_pointer<const T>(k_view, b, head_kv, k0), k_view.stride_row, whole == depth ? nullptr : s.key_tail,
+                  step.n};
       }
       return step;
     };
@@ -309,7 +310,8 @@ class DecodeRows {
         constexpr int count = chunk_rows;
         alignas(kVectorBytes) C rescale[kLane];
         for (int64_t r = 0; r < smaller(count, rows - step.row); ++r) {
-          for (int64_t t = larger(0, limit(step.row + r) - step.k0); t < step.n; ++t) step.scores[t * count + r] = kMinusInfinity;
+          for (int64_t t = larger(0, limit(step.row + r) - step.k0); t < step.n; ++t)
+            step.scores[t * count + r] = kMinusInfinity;
         }
         const int64_t chunk = step.row / kChunk * kLane;
         softmax<count>(step.n, step.scores, state.maximum + chunk, state.sum + chunk, rescale);
@@ -396,9 +398,8 @@ class DecodeRows {
     Vec<C> highest[chains], sum[chains];
     unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA { highest[c] = before, sum[c] = Vec<C>{}; });
     for (int64_t i = 0; i < end; i += chains * kLane) {
-      unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA {
-        highest[c] = larger_of_each(load(scores + i + c * kLane), highest[c]);
-      });
+      unrolled<chains>([&](auto c)
+                           LAK_INLINE_LAMBDA { highest[c] = larger_of_each(load(scores + i + c * kLane), highest[c]); });
     }
     unrolled<chains - 1>([&](auto c) LAK_INLINE_LAMBDA { highest[0] = larger_of_each(highest[c + 1], highest[0]); });
     const Vec<C> top = fold<C, ROWS>(highest[0], larger_of_each);

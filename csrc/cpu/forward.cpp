@@ -96,8 +96,7 @@ class ForwardBlock {
     Vec<C> highest[VECS], total[VECS], reference[VECS];
     for (int v = 0; v < VECS; ++v) highest[v] = broadcast(kMinusInfinity);
     for (int64_t t = 0; t < n; ++t)
-      for (int v = 0; v < VECS; ++v)
-        highest[v] = maximum<C>(load(s.scores + t * kBlockQueries + m + v * kLane), highest[v]);
+      for (int v = 0; v < VECS; ++v) highest[v] = maximum<C>(load(s.scores + t * kBlockQueries + m + v * kLane), highest[v]);
     for (int v = 0; v < VECS; ++v) {
       highest[v] = maximum<C>(highest[v], load(s.maximum + m + v * kLane));
       // A query that has seen nothing yet: any finite reference keeps -inf - reference at -inf.

@@ -14,16 +14,15 @@ struct KernelTable {
   void (*decode)(const ZeroGateParams&, const Parallel&);
 };
 
-#define LAK_DECLARE_KERNELS(isa)                            \
-  namespace isa {                                           \
-  int64_t forward_workspace(const ZeroGateParams&, int);    \
-  int64_t backward_workspace(const ZeroGateParams&, int);   \
-  int64_t decode_workspace(const ZeroGateParams&, int);     \
-  void forward(const ZeroGateParams&, const Parallel&);     \
-  void backward(const ZeroGateParams&, const Parallel&);    \
-  void decode(const ZeroGateParams&, const Parallel&);      \
-  inline constexpr KernelTable kTable{                      \
-      forward_workspace, backward_workspace, decode_workspace, forward, backward, decode}; \
+#define LAK_DECLARE_KERNELS(isa)                                                                                           \
+  namespace isa {                                                                                                          \
+  int64_t forward_workspace(const ZeroGateParams&, int);                                                                   \
+  int64_t backward_workspace(const ZeroGateParams&, int);                                                                  \
+  int64_t decode_workspace(const ZeroGateParams&, int);                                                                    \
+  void forward(const ZeroGateParams&, const Parallel&);                                                                    \
+  void backward(const ZeroGateParams&, const Parallel&);                                                                   \
+  void decode(const ZeroGateParams&, const Parallel&);                                                                     \
+  inline constexpr KernelTable kTable{forward_workspace, backward_workspace, decode_workspace, forward, backward, decode}; \
   }
 
 LAK_DECLARE_KERNELS(baseline)

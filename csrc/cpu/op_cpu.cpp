@@ -13,7 +13,7 @@ void check_lengths(const int32_t* lengths, const char* name, int64_t batch, int6
   if (lengths == nullptr) return;
   for (int64_t b = 0; b < batch; ++b) {
     LAK_CHECK(lengths[b] >= 0 && lengths[b] <= limit, name, ": expected values from 0 to ", limit, ", got ", lengths[b],
-                    " at position ", b);
+              " at position ", b);
   }
 }
 
@@ -25,10 +25,10 @@ void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, const char* l
     const int64_t length = static_cast<int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
     LAK_CHECK(length >= 0, name, ": expected increasing offsets, got ", cu_seqlens[b + 1], " after ", cu_seqlens[b]);
     LAK_CHECK(length <= longest, longest_name, ": expected at least ", length, ", the length of sequence ", b, ", got ",
-                    longest);
+              longest);
   }
   LAK_CHECK(cu_seqlens[p.batch] <= total, name, ": expected to end within the ", total, " packed tokens, got ",
-                  cu_seqlens[p.batch]);
+            cu_seqlens[p.batch]);
 }
 
 void check_values(const OpArguments& arguments, const ZeroGateParams& p) {
@@ -38,7 +38,7 @@ void check_values(const OpArguments& arguments, const ZeroGateParams& p) {
   check_cu_seqlens(p.cu_seqlens_k, "cu_seqlens_k", "max_seqlen_k", p, p.total_k, arguments.max_seqlen_k);
   for (int64_t b = 0; p.prefix_index != nullptr && b < p.batch; ++b) {
     LAK_CHECK(p.prefix_index[b] >= -1 && p.prefix_index[b] < p.prefix_count, "prefix_index: expected values from -1 to ",
-                    p.prefix_count - 1, ", got ", p.prefix_index[b], " at position ", b);
+              p.prefix_count - 1, ", got ", p.prefix_index[b], " at position ", b);
   }
 }
 
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, O
                                        OptionalTensor key_start, OptionalTensor key_end, OptionalTensor prefix_index,
                                        OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                                        int64_t max_seqlen_k, double scale, bool is_causal) {
-  OpArguments arguments{query,     key,     value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
-                        key_end,   prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
+  OpArguments arguments{query,   key,          value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
+                        key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
   const cpu::Parallel parallel = torch_threads();
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     OptionalTensor key_end, OptionalTensor prefix_index, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool is_causal, bool need_dquery, bool need_dkey_dvalue,
     bool need_dprefix, bool deterministic) {
-  OpArguments arguments{query,     key,     value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
-                        key_end,   prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
+  OpArguments arguments{query,   key,          value,        prefix_key,   prefix_value, gate,         attn_mask, key_start,
+                        key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
   check_backward_inputs(arguments, params, doutput, output, logsumexp);
@@ -110,16 +110,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const auto prefix = [](const Tensor& gradient, const OptionalTensor& input) {
     return input ? laid_out_like(gradient, *input) : gradient;
   };
-  return {laid_out_like(gradients.query, query),     laid_out_like(gradients.key, key),
-          laid_out_like(gradients.value, value),     prefix(gradients.prefix_key, prefix_key),
+  return {laid_out_like(gradients.query, query),        laid_out_like(gradients.key, key),
+          laid_out_like(gradients.value, value),        prefix(gradients.prefix_key, prefix_key),
           prefix(gradients.prefix_value, prefix_value), gradients.gate};
 }
 
 Tensor decode_cpu(Tensor query, Tensor key_cache, Tensor value_cache, OptionalTensor prefix_key, OptionalTensor prefix_value,
                   OptionalTensor gate, OptionalTensor key_start, OptionalTensor key_end, OptionalTensor prefix_index,
                   double scale, bool is_causal) {
-  OpArguments arguments{query,   key_cache,    value_cache,  prefix_key,   prefix_value, gate, std::nullopt, key_start,
-                        key_end, prefix_index, std::nullopt, std::nullopt, 0,            0,    scale,        is_causal};
+  OpArguments arguments{query,     key_cache, value_cache,  prefix_key,   prefix_value, gate, std::nullopt,
+                        key_start, key_end,   prefix_index, std::nullopt, std::nullopt, 0,    0,
+                        scale,     is_causal};
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
   const cpu::Parallel parallel = torch_threads();

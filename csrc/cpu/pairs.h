@@ -45,8 +45,8 @@ LAK_INLINE uint32_t pair_at(const BFloat16* p) {
 }
 
 // to[d / 2][r] = the pair (d, d + 1) of row r, zeros for rows <= r < padded_rows. depth is even.
-inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, uint32_t* to,
-                            int64_t ldt) {
+inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth,
+                            uint32_t* to, int64_t ldt) {
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t r0 = 0; r0 < padded_rows; r0 += lanes) {
     int64_t d = 0;
@@ -65,7 +65,8 @@ inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, 
 }
 
 // to[t / 2][d] = the pair of rows t, t + 1, zeros past the last row and column.
-inline void interleave_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, int64_t padded_depth, uint32_t* to) {
+inline void interleave_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, int64_t padded_depth,
+                            uint32_t* to) {
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t t = 0; t < rows; t += 2) {
     const BFloat16 *low = from + t * stride, *high = low + stride;
@@ -109,9 +110,7 @@ struct PairRowByColumns {
       unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
       unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(pair_at(a + r * lda + 2 * k));
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
-          sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]);
-        });
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]); });
       });
     }
     unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
@@ -134,9 +133,7 @@ struct PairColumnByColumns {
       unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
       unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(a[k * lda + r]);
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
-          sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]);
-        });
+        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]); });
       });
     }
     unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {

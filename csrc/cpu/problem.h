@@ -62,7 +62,8 @@ LAK_INLINE C gate_of(const ZeroGateParams& p, int64_t prefix, int64_t h) {
 template <class C, class F>
 void with_mask_reader(const MaskView& mask, const F& f) {
   const auto widened = [&](auto type) {
-    return [data = static_cast<const decltype(type)*>(mask.data)](int64_t offset) { return static_cast<C>(widen(data[offset])); };
+    return
+        [data = static_cast<const decltype(type)*>(mask.data)](int64_t offset) { return static_cast<C>(widen(data[offset])); };
   };
   switch (mask.type) {
     case MaskType::kBool: {

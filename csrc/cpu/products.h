@@ -112,8 +112,8 @@ struct PairProducts {
       for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLane) {
         const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLane);
         pair_tile_function<PairRowByColumns>(tile_rows, vecs)(keys.data + t * keys.stride, keys.stride, pairs_in(columns) + m,
-                                                              kBlockQueries, depth / 2, factor,
-                                                              out + t * kBlockQueries + m, kBlockQueries, false);
+                                                              kBlockQueries, depth / 2, factor, out + t * kBlockQueries + m,
+                                                              kBlockQueries, false);
       }
     }
   }
@@ -145,8 +145,8 @@ struct PairProducts {
       for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
         const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
         pair_tile_function<PairColumnByColumns>(tile_rows, vecs)(pairs_in(weights) + m, kBlockQueries, rows.pairs + d,
-                                                                 rows.stride, pairs, out + m * padded_depth + d,
-                                                                 padded_depth, rescale ? rescale + m : nullptr);
+                                                                 rows.stride, pairs, out + m * padded_depth + d, padded_depth,
+                                                                 rescale ? rescale + m : nullptr);
       }
     }
   }
@@ -159,10 +159,9 @@ struct PairProducts {
       const int64_t tile_rows = smaller(kTileRows, n - t), m0 = smaller(queries, larger(0, hidden + t)) / 2 * 2;
       for (int64_t d = 0; d < padded_depth; d += kTileVecs * kLane) {
         const int64_t vecs = smaller(kTileVecs, (padded_depth - d) / kLane);
-        pair_tile_function<PairRowByColumns>(tile_rows, vecs)(narrow_weights + t * kBlockQueries + m0, kBlockQueries,
-                                                              rows.pairs + (first + m0) / 2 * rows.stride + d, rows.stride,
-                                                              (queries - m0 + 1) / 2, C(1), out + t * padded_depth + d,
-                                                              padded_depth, true);
+        pair_tile_function<PairRowByColumns>(tile_rows, vecs)(
+            narrow_weights + t * kBlockQueries + m0, kBlockQueries, rows.pairs + (first + m0) / 2 * rows.stride + d,
+            rows.stride, (queries - m0 + 1) / 2, C(1), out + t * padded_depth + d, padded_depth, true);
       }
     }
   }

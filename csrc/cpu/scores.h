@@ -14,16 +14,15 @@ inline constexpr int64_t kNothingHidden = -(int64_t{1} << 40);
 
 // out[t][m] = K[t] . Q[m] for n keys; whole vectors of queries that see none of a tile's keys are left out.
 template <class T, class C>
-void key_query_products(const Rows<T, C>& keys, int64_t n, const C* query_t, int64_t padded_rows, int64_t depth,
-                        int64_t hidden, C* out) {
+void key_query_products(const Rows<T, C>& keys, int64_t n, const C* query_t, int64_t padded_rows, int64_t depth, int64_t hidden,
+                        C* out) {
   for (int64_t t = 0; t < n; t += kTileRows) {
     const int64_t tile_rows = smaller(kTileRows, n - t);
     const int64_t m0 = smaller(larger(hidden + t, 0), padded_rows) / kLanes<C> * kLanes<C>;
     for (int64_t m = m0; m < padded_rows; m += kTileVecs * kLanes<C>) {
       const int64_t vecs = smaller(kTileVecs, (padded_rows - m) / kLanes<C>);
-      tile_function<RowByColumns, C>(tile_rows, vecs)(keys.data + t * keys.stride, keys.stride, query_t + m,
-                                                      kBlockQueries, depth, out + t * kBlockQueries + m, kBlockQueries,
-                                                      false);
+      tile_function<RowByColumns, C>(tile_rows, vecs)(keys.data + t * keys.stride, keys.stride, query_t + m, kBlockQueries,
+                                                      depth, out + t * kBlockQueries + m, kBlockQueries, false);
     }
   }
 }

@@ -35,9 +35,8 @@ inline constexpr int kVectorBytes = 16;
 // end; indexed by a loop's counter it is stored before the loop and after it, even where the compiler unrolls that loop.
 template <int N, class F>
 LAK_INLINE void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) LAK_INLINE_LAMBDA {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      LAK_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 template <class C>

@@ -22,8 +22,8 @@ inline constexpr int kTileVecs = 2;
 // out[r][0 .. VECS) = sum_k a[r * lda + k] * b[k * ldb + ..]: rows of a are broadcast along k, b is read as vectors.
 template <class C, int ROWS, int VECS>
 struct RowByColumns {
-  static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth,
-                  C* __restrict out, int64_t ldo, bool add) {
+  static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth, C* __restrict out,
+                  int64_t ldo, bool add) {
     Vec<C> sum[ROWS * VECS];
     unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
@@ -44,8 +44,8 @@ struct RowByColumns {
 // out[r][0 .. VECS) = rescale[r] * out + sum_k a[k * lda + r] * b[k * ldb + ..]: columns of a are broadcast.
 template <class C, int ROWS, int VECS>
 struct ColumnByColumns {
-  static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth,
-                  C* __restrict out, int64_t ldo, const C* rescale) {
+  static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth, C* __restrict out,
+                  int64_t ldo, const C* rescale) {
     Vec<C> sum[ROWS * VECS];
     unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
@@ -121,8 +121,7 @@ LAK_INLINE void transpose_square(Vec<C> (&rows)[kLanes<C>]) {
 
 // to[d][r] = factor * from[r][d] for r < rows, 0 for rows <= r < padded_rows (a multiple of the vector length).
 template <class T, class C>
-void transpose(const T* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, C factor, C* to,
-               int64_t ldt) {
+void transpose(const T* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, C factor, C* to, int64_t ldt) {
   constexpr int64_t lanes = kLanes<C>;
   for (int64_t r0 = 0; r0 < padded_rows; r0 += lanes) {
     int64_t d = 0;

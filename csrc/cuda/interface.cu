@@ -1,9 +1,9 @@
 // Checks what the kernels assume, once, and chooses the instantiation.
 #include "interface.h"
 
-#include "sm80/decode/launch.h"
 #include "launchers.h"
 #include "sm80/backward/workspace.h"
+#include "sm80/decode/launch.h"
 
 namespace {
 

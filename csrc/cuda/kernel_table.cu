@@ -1,19 +1,20 @@
 // What is compiled, for `llama-adapter info` and the tests of the machine code.
 #include <string>
 
-#include "sm80/decode/combine.h"
 #include "interface.h"
 #include "sm80/backward/keys.h"
 #include "sm80/backward/prefix.h"
 #include "sm80/backward/queries.h"
 #include "sm80/backward/rows.h"
+#include "sm80/decode/combine.h"
 #include "sm80/forward.h"
 
 namespace {
 
 using namespace lak;
 
-void add(std::string& table, const char* kernel, const char* type, int head_dim, int rows, int keys, int threads, int blocks, int bytes) {
+void add(std::string& table, const char* kernel, const char* type, int head_dim, int rows, int keys, int threads, int blocks,
+         int bytes) {
   table += kernel;
   table += std::string(" ") + type;
   for (int number : {head_dim, rows, keys, threads, blocks, bytes}) table += " " + std::to_string(number);
@@ -35,10 +36,12 @@ void add_kernels(std::string& table, const char* type) {
   line("forward_masked", Masked::Tiles::kRows, Masked::Tiles::kKeys, kThreads, kBlocks, Masked::kBytes);
   using Keys = KeyGradientTiles<T, kHeadDim>;
   if constexpr (kTuned) {
-    line("backward_keys_dquery", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks, KeyGradientMemory<T, kHeadDim, true>::kBytes);
+    line("backward_keys_dquery", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks,
+         KeyGradientMemory<T, kHeadDim, true>::kBytes);
     line("backward_keys", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks, KeyGradientMemory<T, kHeadDim, false>::kBytes);
   }
-  line("backward_keys_masked", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks, KeyGradientMemory<T, kHeadDim, false>::kBytes);
+  line("backward_keys_masked", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks,
+       KeyGradientMemory<T, kHeadDim, false>::kBytes);
   using Queries = QueryGradientTiles<T, kHeadDim>;
   if constexpr (kTuned) {
     line("backward_queries", Queries::kRows, Queries::kKeys, kBackwardThreads, kBlocks, kQueryGradientBytes<T, kHeadDim>);

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "op/arguments.h"
 #include "interface.h"
+#include "op/arguments.h"
 
 // Part of torch's stable C interface where torch has CUDA. Weak, so that the library loads, and can be asked what it holds,
 // beside a torch without.
@@ -61,9 +61,22 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                                         int64_t max_seqlen_k, double scale, bool is_causal) {
   const OnDeviceOf device(query);
-  OpArguments arguments{aligned(with_dense_rows(query)), aligned(with_dense_rows(key)), aligned(with_dense_rows(value)),
-                        aligned(prefix_key), aligned(prefix_value), gate, attn_mask, key_start, key_end, prefix_index,
-                        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, is_causal};
+  OpArguments arguments{aligned(with_dense_rows(query)),
+                        aligned(with_dense_rows(key)),
+                        aligned(with_dense_rows(value)),
+                        aligned(prefix_key),
+                        aligned(prefix_value),
+                        gate,
+                        attn_mask,
+                        key_start,
+                        key_end,
+                        prefix_index,
+                        cu_seqlens_q,
+                        cu_seqlens_k,
+                        max_seqlen_q,
+                        max_seqlen_k,
+                        scale,
+                        is_causal};
   ZeroGateParams params = arguments.params();
   Tensor output = new_output(arguments);
   if (arguments.packed()) torch::stable::zero_(output);  // tokens after the last sequence; where it ends only the GPU knows
@@ -81,9 +94,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool is_causal, bool need_dquery, bool need_dkey_dvalue,
     bool need_dprefix, bool deterministic) {
   const OnDeviceOf device(query);
-  OpArguments arguments{aligned(with_dense_rows(query)), aligned(with_dense_rows(key)), aligned(with_dense_rows(value)),
-                        aligned(prefix_key), aligned(prefix_value), gate, attn_mask, key_start, key_end, prefix_index,
-                        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, is_causal};
+  OpArguments arguments{aligned(with_dense_rows(query)),
+                        aligned(with_dense_rows(key)),
+                        aligned(with_dense_rows(value)),
+                        aligned(prefix_key),
+                        aligned(prefix_value),
+                        gate,
+                        attn_mask,
+                        key_start,
+                        key_end,
+                        prefix_index,
+                        cu_seqlens_q,
+                        cu_seqlens_k,
+                        max_seqlen_q,
+                        max_seqlen_k,
+                        scale,
+                        is_causal};
   ZeroGateParams params = arguments.params();
   check_backward_inputs(arguments, params, doutput, output, logsumexp);
   params.deterministic = deterministic;
@@ -99,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
   const auto prefix = [](const Tensor& gradient, const OptionalTensor& input) {
     return input ? laid_out_like(gradient, *input) : gradient;
   };
-  return {laid_out_like(gradients.query, query),     laid_out_like(gradients.key, key),
-          laid_out_like(gradients.value, value),     prefix(gradients.prefix_key, prefix_key),
+  return {laid_out_like(gradients.query, query),        laid_out_like(gradients.key, key),
+          laid_out_like(gradients.value, value),        prefix(gradients.prefix_key, prefix_key),
           prefix(gradients.prefix_value, prefix_value), gradients.gate};
 }
 
@@ -108,9 +134,22 @@ Tensor decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache, OptionalT
                    OptionalTensor gate, OptionalTensor key_start, OptionalTensor key_end, OptionalTensor prefix_index,
                    double scale, bool is_causal) {
   const OnDeviceOf device(query);
-  OpArguments arguments{aligned(with_dense_rows(query)), aligned(with_dense_rows(key_cache)), aligned(with_dense_rows(value_cache)),
-                        aligned(prefix_key), aligned(prefix_value), gate, std::nullopt, key_start, key_end, prefix_index,
-                        std::nullopt, std::nullopt, 0, 0, scale, is_causal};
+  OpArguments arguments{aligned(with_dense_rows(query)),
+                        aligned(with_dense_rows(key_cache)),
+                        aligned(with_dense_rows(value_cache)),
+                        aligned(prefix_key),
+                        aligned(prefix_value),
+                        gate,
+                        std::nullopt,
+                        key_start,
+                        key_end,
+                        prefix_index,
+                        std::nullopt,
+                        std::nullopt,
+                        0,
+                        0,
+                        scale,
+                        is_causal};
   ZeroGateParams params = arguments.params();
   Tensor output = new_output(arguments);
   params.output = view_of(output);

@@ -22,9 +22,7 @@ struct Sequence {
   bool bad_prefix;         // the index is outside of the table: the rows become NaN
 };
 
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 __device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) {
   Sequence s;
@@ -34,7 +32,8 @@ __device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) 
   s.keys = static_cast<int>(p.seq_k);
   if (p.cu_seqlens_q != nullptr) {
     s.first_query = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_q + b), 0, p.total_q));
-    s.queries = static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_q + b + 1), 0, p.total_q) - s.first_query, 0, p.seq_q));
+    s.queries =
+        static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_q + b + 1), 0, p.total_q) - s.first_query, 0, p.seq_q));
     s.first_key = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_k + b), 0, p.total_k));
     s.keys = static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_k + b + 1), 0, p.total_k) - s.first_key, 0, p.seq_k));
   }
@@ -85,7 +84,7 @@ __device__ __forceinline__ float mask_value(const MaskView& mask, int64_t offset
   switch (mask.type) {
     case MaskType::kBool:
       return ptx::load_global(static_cast<const uint8_t*>(mask.data) + offset) != 0 ? 0.0f
-                                                                                     : -std::numeric_limits<float>::infinity();
+                                                                                    : -std::numeric_limits<float>::infinity();
     case MaskType::kFloat32: return kLog2E * ptx::load_global(static_cast<const float*>(mask.data) + offset);
     case MaskType::kBFloat16: return kLog2E * ptx::widen(ptx::load_global(static_cast<const BFloat16*>(mask.data) + offset));
     case MaskType::kFloat16: return kLog2E * ptx::widen(ptx::load_global(static_cast<const Float16*>(mask.data) + offset));

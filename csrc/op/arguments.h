@@ -75,8 +75,8 @@ inline Tensor laid_out_like(const Tensor& result, const Tensor& input) {
 }
 
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& query) {
-  LAK_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query, ",
-                  dtype_of(query), ", got ", dtype_of(tensor));
+  LAK_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query, ", dtype_of(query), ", got ",
+            dtype_of(tensor));
   LAK_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
 }
 
@@ -142,8 +142,7 @@ struct OpArguments {
   // Checks everything that does not need the values of an integer tensor, and fills all but the outputs.
   ZeroGateParams params() {
     const int64_t rank = packed() ? 3 : 4;
-    LAK_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
-                    "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    LAK_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "cu_seqlens_q, cu_seqlens_k: expected both or neither");
     LAK_CHECK(query.dim() == rank, "query: expected ", rank, " dimensions, got shape ", shape_of(query));
     LAK_CHECK(key.dim() == rank, "key: expected ", rank, " dimensions, got shape ", shape_of(key));
 
@@ -157,8 +156,8 @@ struct OpArguments {
     p.total_q = query.size(rank - 3 + (packed() ? 0 : 1));
     p.total_k = key.size(rank - 3 + (packed() ? 0 : 1));
     if (packed()) {
-      LAK_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1,
-                      "cu_seqlens_q: expected shape [batch + 1], got ", shape_of(*cu_seqlens_q));
+      LAK_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) >= 1, "cu_seqlens_q: expected shape [batch + 1], got ",
+                shape_of(*cu_seqlens_q));
       LAK_CHECK(max_seqlen_q >= 0, "max_seqlen_q: expected >= 0, got ", max_seqlen_q);
       LAK_CHECK(max_seqlen_k >= 0, "max_seqlen_k: expected >= 0, got ", max_seqlen_k);
       LAK_CHECK(!key_start && !key_end, "key_start, key_end: not used with packed sequences");
@@ -178,8 +177,8 @@ struct OpArguments {
     }
     LAK_CHECK(p.head_dim >= 1, "query: expected head_dim >= 1, got shape ", shape_of(query));
     LAK_CHECK(p.heads_q >= 1, "query: expected at least one head, got shape ", shape_of(query));
-    LAK_CHECK(p.heads_kv >= 1 && p.heads_q % p.heads_kv == 0, "key: expected a number of heads that divides the ",
-                    p.heads_q, " of query, got ", p.heads_kv);
+    LAK_CHECK(p.heads_kv >= 1 && p.heads_q % p.heads_kv == 0, "key: expected a number of heads that divides the ", p.heads_q,
+              " of query, got ", p.heads_kv);
     check_like(key, "key", query);
     check_like(value, "value", query);
     p.query = view_of(query = with_dense_rows(query));
@@ -202,7 +201,7 @@ struct OpArguments {
  private:
   void fill_prefix(ZeroGateParams& p) {
     LAK_CHECK(prefix_key.has_value() == prefix_value.has_value() && prefix_key.has_value() == gate.has_value(),
-                    "prefix_key, prefix_value, gate: expected all three or none");
+              "prefix_key, prefix_value, gate: expected all three or none");
     if (!prefix_key) {
       LAK_CHECK(!prefix_index, "prefix_index: expected a prefix to choose from");
       return;
@@ -215,16 +214,14 @@ struct OpArguments {
     check_shape(*gate, "gate", {p.prefix_count, p.heads_q});
     check_like(*prefix_key, "prefix_key", query);
     check_like(*prefix_value, "prefix_value", query);
-    LAK_CHECK(gate->scalar_type() == accumulator_type(query),
-                    "gate: expected float32, or float64 for a float64 query, got ", dtype_of(*gate));
+    LAK_CHECK(gate->scalar_type() == accumulator_type(query), "gate: expected float32, or float64 for a float64 query, got ",
+              dtype_of(*gate));
     LAK_CHECK(gate->device() == query.device(), "gate: expected the device of query");
     if (prefix_index) {
-      LAK_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ",
-                      shape_of(*prefix_key));
+      LAK_CHECK(p.prefix_count >= 1, "prefix_key: expected at least one entry, got shape ", shape_of(*prefix_key));
     } else {
-      LAK_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch,
-                      "prefix_key: expected a first dimension of 1 or ", p.batch,
-                      " (one per sequence), or a prefix_index into the table; got shape ", shape_of(*prefix_key));
+      LAK_CHECK(p.prefix_count == 1 || p.prefix_count == p.batch, "prefix_key: expected a first dimension of 1 or ", p.batch,
+                " (one per sequence), or a prefix_index into the table; got shape ", shape_of(*prefix_key));
     }
     p.prefix_key = view_of(*(prefix_key = with_dense_rows(*prefix_key)));
     p.prefix_value = view_of(*(prefix_value = with_dense_rows(*prefix_value)));
@@ -259,7 +256,7 @@ inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p,
   check_as_query(doutput, "doutput");
   check_as_query(output, "output");
   LAK_CHECK(logsumexp.scalar_type() == accumulator_type(a.query) && logsumexp.device() == a.query.device(),
-                  "logsumexp: expected what forward returned");
+            "logsumexp: expected what forward returned");
   if (a.packed()) check_shape(logsumexp, "logsumexp", {p.heads_q, p.total_q});
   else check_shape(logsumexp, "logsumexp", {p.batch, p.heads_q, p.seq_q});
   LAK_CHECK(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor");
@@ -284,8 +281,7 @@ inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& p, bool nee
               like(need_dkey_dvalue, a.value),
               prefix ? torch::stable::empty_like(*a.prefix_key) : absent(a.query),
               prefix ? torch::stable::empty_like(*a.prefix_value) : absent(a.query),
-              prefix ? torch::stable::new_empty(*a.gate, {p.prefix_count, p.heads_q}, a.gate->scalar_type())
-                     : absent(a.query)};
+              prefix ? torch::stable::new_empty(*a.gate, {p.prefix_count, p.heads_q}, a.gate->scalar_type()) : absent(a.query)};
   if (need_dquery) p.dquery = view_of(g.query);
   if (need_dkey_dvalue) {
     p.dkey = view_of(g.key);

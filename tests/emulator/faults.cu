@@ -62,9 +62,7 @@ __global__ void shared_off_by_one(float* out) {
 
 __global__ void global_off_by_one(float* out) { ptx::store_global(out + threadIdx.x + 1, 1.0f); }
 
-__global__ void misaligned_copy(float* out) {
-  ptx::copy_async_16(ptx::dynamic_shared_memory(), out + 1, true);
-}
+__global__ void misaligned_copy(float* out) { ptx::copy_async_16(ptx::dynamic_shared_memory(), out + 1, true); }
 
 __global__ void divergent_barrier(float* out) {
   if (threadIdx.x < 32) __syncthreads();

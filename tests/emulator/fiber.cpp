@@ -72,8 +72,8 @@ void make_fiber(Fiber& fiber, uint8_t* stack, void (*entry)(void*), void* argume
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   const auto e = reinterpret_cast<uintptr_t>(entry), a = reinterpret_cast<uintptr_t>(argument);
-  makecontext(&fiber.context, reinterpret_cast<void (*)()>(&start), 4, static_cast<unsigned>(e >> 32),
-              static_cast<unsigned>(e), static_cast<unsigned>(a >> 32), static_cast<unsigned>(a));
+  makecontext(&fiber.context, reinterpret_cast<void (*)()>(&start), 4, static_cast<unsigned>(e >> 32), static_cast<unsigned>(e),
+              static_cast<unsigned>(a >> 32), static_cast<unsigned>(a));
 }
 
 void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }

@@ -18,7 +18,8 @@ Counts current_counts;
 // Stacks of up to 1024 fibers, mapped once: pages that no fiber touches cost nothing.
 uint8_t* stack_of(unsigned number) {
   static uint8_t* stacks = [] {
-    void* memory = mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for the stacks of the threads");
     return static_cast<uint8_t*>(memory);
   }();
@@ -30,9 +31,7 @@ std::string place(const Where& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
-std::string text(Index i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-}
+std::string text(Index i) { return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")"; }
 
 }  // namespace
 
@@ -220,7 +219,8 @@ uint8_t* Block::shared(uint32_t address, uint32_t bytes, const char* access, Whe
   if (address < kSharedBase || static_cast<uint64_t>(address) + bytes > static_cast<uint64_t>(kSharedBase) + shared_.size()) {
     fail(std::string("out of bounds: ") + access + " of " + std::to_string(bytes) + " bytes at offset " +
              std::to_string(static_cast<int64_t>(address) - kSharedBase) + " of " + std::to_string(shared_.size()) +
-             " bytes of shared memory", where);
+             " bytes of shared memory",
+         where);
   }
   if (address % bytes != 0) fail(std::string("misaligned ") + access + " of shared memory", where);
   return shared_.data() + (address - kSharedBase);
@@ -237,11 +237,12 @@ bool Block::unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const {
 }
 
 void Block::report_race(const char* kind, uint16_t other, uint32_t address, Where where) {
-  std::string who = other == kSeveralWarps                 ? "threads of several warps"
+  std::string who = other == kSeveralWarps          ? "threads of several warps"
                     : (other & kSeveralInWarp) != 0 ? "threads of warp " + std::to_string(other & ~kSeveralInWarp)
                                                     : "thread " + std::to_string(other);
   fail(std::string("race in shared memory: ") + kind + " at offset " + std::to_string(address - kSharedBase) +
-           ", no barrier since the access by " + who, where);
+           ", no barrier since the access by " + who,
+       where);
 }
 
 void Block::note_read(uint32_t address, uint32_t bytes, Where where) {
@@ -330,7 +331,8 @@ void Block::wait_copies(unsigned left) {
 void run(const Launch& launch) {
   if (active != nullptr) throw std::runtime_error("emulator: a launch from device code");
   const uint64_t threads = static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
-  if (threads == 0 || threads > 1024) throw std::runtime_error("emulator: invalid number of threads per block in " + launch.kernel);
+  if (threads == 0 || threads > 1024)
+    throw std::runtime_error("emulator: invalid number of threads per block in " + launch.kernel);
   const uint64_t count = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
   if (count == 0 || launch.grid.y > 65535 || launch.grid.z > 65535) {
     throw std::runtime_error("emulator: invalid grid in " + launch.kernel);
@@ -378,11 +380,11 @@ void check_global(const void* address, uint64_t bytes, bool write, Where where) 
     }
     if (begin + 4096 >= range.begin && begin < range.end + 4096) nearest = &range;
   }
-  std::string what = std::string("out of bounds: ") + (write ? "write" : "read") + " of " + std::to_string(bytes) +
-                     " bytes of global memory";
+  std::string what =
+      std::string("out of bounds: ") + (write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes of global memory";
   if (nearest != nullptr) {
-    what += ", " + std::to_string(static_cast<int64_t>(begin - nearest->begin)) + " bytes from the beginning of " + nearest->name +
-            " (" + std::to_string(nearest->end - nearest->begin) + " bytes)";
+    what += ", " + std::to_string(static_cast<int64_t>(begin - nearest->begin)) + " bytes from the beginning of " +
+            nearest->name + " (" + std::to_string(nearest->end - nearest->begin) + " bytes)";
   }
   block.fail(what, where);
 }

@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "faults.h"
 #include "interface.h"
 #include "machine.h"
-#include "faults.h"
 
 namespace py = pybind11;
 using lak::ZeroGateParams;
@@ -91,10 +91,25 @@ PYBIND11_MODULE(cuda_emulator, m) {
     return result;
   });
   m.def("error", &lak_cuda_error);
-  m.def("forward", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_forward(&p, nullptr); });
-  m.def("decode", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_decode(&p, nullptr); });
-  m.def("decode_workspace", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_decode_workspace(&p); });
-  m.def("backward", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_backward(&p, nullptr); });
-  m.def("backward_workspace", [](const py::dict& d) { const auto p = params_from(d); return lak_cuda_backward_workspace(&p); });
+  m.def("forward", [](const py::dict& d) {
+    const auto p = params_from(d);
+    return lak_cuda_forward(&p, nullptr);
+  });
+  m.def("decode", [](const py::dict& d) {
+    const auto p = params_from(d);
+    return lak_cuda_decode(&p, nullptr);
+  });
+  m.def("decode_workspace", [](const py::dict& d) {
+    const auto p = params_from(d);
+    return lak_cuda_decode_workspace(&p);
+  });
+  m.def("backward", [](const py::dict& d) {
+    const auto p = params_from(d);
+    return lak_cuda_backward(&p, nullptr);
+  });
+  m.def("backward_workspace", [](const py::dict& d) {
+    const auto p = params_from(d);
+    return lak_cuda_backward_workspace(&p);
+  });
   m.def("run_fault", &emulator::run_fault, "Runs the kernel with one planted fault; `name` is a function of faults.cu.");
 }

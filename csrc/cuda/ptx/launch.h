@@ -6,7 +6,8 @@
 namespace lak::ptx {
 
 template <auto kKernel, class... Arguments>
-cudaError_t launch(unsigned blocks, unsigned threads, unsigned shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(unsigned blocks, unsigned threads, unsigned shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
   kKernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }

@@ -105,7 +105,8 @@ __device__ __forceinline__ ForwardPlace place_of(const ZeroGateParams& p, unsign
 }
 
 template <class T, class Memory>
-__device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place, int slot) {
+__device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place,
+                                            int slot) {
   const int slots = place.s.slots, head_dim = static_cast<int>(p.head_dim), thread = ptx::thread_index();
   copy_rows<kThreads>(memory.prefix_key, head_pointer<const T>(p.prefix_key, place.s.prefix, place.head_kv, 0),
                       p.prefix_key.stride_row, slot, 0, slots, head_dim, thread);
@@ -117,8 +118,9 @@ __device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGate
 // `place` is found anew by the caller, so that nothing of it takes registers in the loop over the keys.
 template <class T, int kHeadDim, bool kElementwise, int kM, int kD>
 __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const ForwardPlace& place,
-                                               const ForwardMemory<T, kHeadDim, kElementwise>& memory, float (&output)[kM][kD][4],
-                                               const float (&largest)[kM][2], const float (&total)[kM][2]) {
+                                               const ForwardMemory<T, kHeadDim, kElementwise>& memory,
+                                               float (&output)[kM][kD][4], const float (&largest)[kM][2],
+                                               const float (&total)[kM][2]) {
   using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
   const auto& [b, head, head_kv, first_row, s] = place;
   const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
@@ -211,8 +213,8 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     // A sequence whose prefix index is out of range becomes NaN here.
-    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, s.queries, output[m], s.bad_prefix ? gate : 1.0f, 0,
-                   head_dim);
+    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, s.queries, output[m], s.bad_prefix ? gate : 1.0f,
+                   0, head_dim);
   }
 }
 
@@ -275,8 +277,8 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
   ptx::wait_async_copies<0>();
   __syncthreads();
 
-  finish_forward<T, kHeadDim, kElementwise>(p, place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks), memory, output, largest,
-                                            total);
+  finish_forward<T, kHeadDim, kElementwise>(p, place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks), memory, output,
+                                            largest, total);
 }
 
 }  // namespace lak

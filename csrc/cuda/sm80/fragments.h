@@ -51,8 +51,8 @@ struct SharedTile {
 // Starts the copy of rows [first, first + kRows) of a matrix by kParticipants threads; rows outside of [low, high) and
 // columns from head_dim on become zero. `rows` points to row 0.
 template <int kParticipants, class T, int kRows, int kColumns>
-__device__ __forceinline__ void copy_rows(SharedTile<T, kRows, kColumns> tile, const T* rows, int64_t stride, int first, int low,
-                                          int high, int head_dim, int participant) {
+__device__ __forceinline__ void copy_rows(SharedTile<T, kRows, kColumns> tile, const T* rows, int64_t stride, int first,
+                                          int low, int high, int head_dim, int participant) {
   using Tile = SharedTile<T, kRows, kColumns>;
   static_assert(kParticipants % Tile::kChunks == 0, "each thread copies one column of chunks");
   constexpr int kStep = kParticipants / Tile::kChunks;  // rows between two chunks of a thread
@@ -229,8 +229,8 @@ __device__ __forceinline__ void multiply_abt(float (&c)[kM][kN][4], SharedTile<T
 
 // c += P Y, P [16 kM x 8 kK] in accumulators, Y rows y_row.., columns from `column` on.
 template <int kM, int kK, int kN, class T, int R, int C>
-__device__ __forceinline__ void multiply_pb(float (&c)[kM][kN][4], const float (&p)[kM][kK][4], SharedTile<T, R, C> y, int y_row,
-                                            int column = 0) {
+__device__ __forceinline__ void multiply_pb(float (&c)[kM][kN][4], const float (&p)[kM][kK][4], SharedTile<T, R, C> y,
+                                            int y_row, int column = 0) {
 #pragma unroll
   for (int k = 0; k < kK; k += 2) {
     FragmentA<T> a[kM];

@@ -1,8 +1,8 @@
 // From raw products Q K^T to base-2 logits: scale, window, causality and mask, for a tile in accumulator layout.
 #pragma once
 
-#include "sm80/fragments.h"
 #include "problem.h"
+#include "sm80/fragments.h"
 
 namespace lak {
 
@@ -54,7 +54,8 @@ __device__ __forceinline__ float word_probability(float raw, float scale, float 
 
 // Queries down, keys across.
 template <bool kElementwise, int kM, int kN>
-__device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, int query, int key) {
+__device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, int query,
+                                           int key) {
   // Needed at the edges alone: nothing of it is kept in registers between the tiles.
   const int lane = ptx::opaque(lane_id()), first = key + lane % 4 * 2;
 #pragma unroll

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
   const auto row_of = [&](int step) { return (begin + step % per_head) * kRows; };
   const auto copy = [&](int step, int stage) {
     const int head = head_of(step), row = row_of(step);
-    copy_rows<kThreadsHere>(query_tile(stage), head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, row, 0,
-                            s.queries, head_dim, thread);
+    copy_rows<kThreadsHere>(query_tile(stage), head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, row,
+                            0, s.queries, head_dim, thread);
     copy_rows<kThreadsHere>(doutput_tile(stage), head_pointer<const T>(p.doutput, b, head, s.first_query), p.doutput.stride_row,
                             row, 0, s.queries, head_dim, thread);
     if (thread < kRows) {
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
   const int row = first_key + warp * 16;
   store_rows<kD>(head_pointer<T>(p.dkey, b, head_kv, s.first_key), p.dkey.stride_row, row, s.keys, dkey[0],
                  static_cast<float>(p.scale), 0, head_dim);
-  store_rows<kD>(head_pointer<T>(p.dvalue, b, head_kv, s.first_key), p.dvalue.stride_row, row, s.keys, dvalue[0], 1.0f, 0, head_dim);
+  store_rows<kD>(head_pointer<T>(p.dvalue, b, head_kv, s.first_key), p.dvalue.stride_row, row, s.keys, dvalue[0], 1.0f, 0,
+                 head_dim);
 }
 
 }  // namespace lak

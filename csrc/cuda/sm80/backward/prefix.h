@@ -10,7 +10,7 @@
 namespace lak {
 
 template <class T, int kHeadDim>
-constexpr int kPrefixKernelBytes = (2 + 2 * kBackwardWarps<T, kHeadDim>) * 16 * kHeadDim * static_cast<int>(sizeof(T));
+constexpr int kPrefixKernelBytes = (2 + 2 * kBackwardWarps<T, kHeadDim>)*16 * kHeadDim * static_cast<int>(sizeof(T));
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   const Sequence s = sequence_of(p, b);
   if (s.slots == 0) return;  // nobody reads its partial sums
   const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
-  copy_rows<32 * kWarpsHere>(prefix_key, head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0), p.prefix_key.stride_row, slot, 0,
-                             s.slots, head_dim, threadIdx.x);
-  copy_rows<32 * kWarpsHere>(prefix_value, head_pointer<const T>(p.prefix_value, s.prefix, head_kv, 0), p.prefix_value.stride_row,
+  copy_rows<32 * kWarpsHere>(prefix_key, head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0), p.prefix_key.stride_row,
                              slot, 0, s.slots, head_dim, threadIdx.x);
+  copy_rows<32 * kWarpsHere>(prefix_value, head_pointer<const T>(p.prefix_value, s.prefix, head_kv, 0),
+                             p.prefix_value.stride_row, slot, 0, s.slots, head_dim, threadIdx.x);
   ptx::commit_async_copies();
   ptx::wait_async_copies<0>();
   __syncthreads();

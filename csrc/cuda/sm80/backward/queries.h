@@ -10,9 +10,9 @@
 namespace lak {
 
 template <class T, int kHeadDim>
-constexpr int kQueryGradientBytes =
-    (2 * QueryGradientTiles<T, kHeadDim>::kRows +
-     QueryGradientTiles<T, kHeadDim>::kStages * 2 * QueryGradientTiles<T, kHeadDim>::kKeys) * kHeadDim * static_cast<int>(sizeof(T));
+constexpr int kQueryGradientBytes = (2 * QueryGradientTiles<T, kHeadDim>::kRows +
+                                     QueryGradientTiles<T, kHeadDim>::kStages * 2 * QueryGradientTiles<T, kHeadDim>::kKeys) *
+                                    kHeadDim * static_cast<int>(sizeof(T));
 
 template <class T, int kHeadDim, bool kElementwise>
 __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T, kHeadDim> ? 2 : 1))
@@ -41,9 +41,10 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
   const int begin = s.key_begin / Tiles::kKeys;
   const int end = (higher(visible_end(s, last_row), 0) + Tiles::kKeys - 1) / Tiles::kKeys;
   const auto copy = [&](int tile, int stage) {
-    copy_rows<kThreadsHere>(key_tile(stage), keys, p.key.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim, thread);
-    copy_rows<kThreadsHere>(value_tile(stage), values, p.value.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim,
+    copy_rows<kThreadsHere>(key_tile(stage), keys, p.key.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end, head_dim,
                             thread);
+    copy_rows<kThreadsHere>(value_tile(stage), values, p.value.stride_row, tile * Tiles::kKeys, s.key_begin, s.key_end,
+                            head_dim, thread);
     ptx::commit_async_copies();
   };
 
@@ -66,7 +67,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
 #pragma unroll
     for (int n = 0; n < kD; ++n) {
       const int column = 8 * n + lane % 4 * 2;
-      const float2 start = valid && column < head_dim ? load_pair(workspace.dquery + (statistics + row) * head_dim + column) : float2{};
+      const float2 start =
+          valid && column < head_dim ? load_pair(workspace.dquery + (statistics + row) * head_dim + column) : float2{};
       dquery[0][n][2 * half] = start.x;
       dquery[0][n][2 * half + 1] = start.y;
     }
@@ -100,8 +102,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     }
   }
   ptx::wait_async_copies<0>();
-  store_rows<kD>(head_pointer<T>(p.dquery, b, head, s.first_query), p.dquery.stride_row, first_row + warp_row, s.queries, dquery[0],
-                 static_cast<float>(p.scale), 0, head_dim);
+  store_rows<kD>(head_pointer<T>(p.dquery, b, head, s.first_query), p.dquery.stride_row, first_row + warp_row, s.queries,
+                 dquery[0], static_cast<float>(p.scale), 0, head_dim);
 }
 
 }  // namespace lak

@@ -26,11 +26,13 @@ __device__ __forceinline__ float2 load_pair(const T* address) {
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>) backward_rows_kernel(const __grid_constant__ ZeroGateParams p) {
+__global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
+    backward_rows_kernel(const __grid_constant__ ZeroGateParams p) {
   constexpr int kWarpsHere = kBackwardWarps<T, kHeadDim>, kRows = 16 * kWarpsHere, kD = kHeadDim / 8;
   const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
   SharedTile<T, kRows, kHeadDim> query{ptx::dynamic_shared_memory()}, doutput{query.base + query.kBytes};
-  SharedTile<T, kPrefixTile, kHeadDim> prefix_key{doutput.base + doutput.kBytes}, prefix_value{prefix_key.base + prefix_key.kBytes};
+  SharedTile<T, kPrefixTile, kHeadDim> prefix_key{doutput.base + doutput.kBytes},
+      prefix_value{prefix_key.base + prefix_key.kBytes};
   const uint32_t sums = prefix_value.base + prefix_value.kBytes;
 
   const int block = static_cast<int>(blockIdx.x % workspace.row_blocks);

@@ -12,7 +12,8 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ ZeroGateParams p, int splits, int row_tiles) {
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ ZeroGateParams p, int splits, int row_tiles) {
   constexpr int kPerLane = kHeadDim / 32;
   const int lane = lane_id(), head_dim = static_cast<int>(p.head_dim);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
@@ -61,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int column = i * 32 + lane;
-        if (column < head_dim) product = fmaf(q[i], ptx::widen(ptx::load_global(key + slot * p.prefix_key.stride_row + column)), product);
+        if (column < head_dim)
+          product = fmaf(q[i], ptx::widen(ptx::load_global(key + slot * p.prefix_key.stride_row + column)), product);
       }
       const float logit = warp_sum(product) * scale_log2;
       const float new_max = fmaxf(prefix_max, logit);
@@ -70,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int column = i * 32 + lane;
-        const float v = column < head_dim ? ptx::widen(ptx::load_global(value + slot * p.prefix_value.stride_row + column)) : 0.0f;
+        const float v =
+            column < head_dim ? ptx::widen(ptx::load_global(value + slot * p.prefix_value.stride_row + column)) : 0.0f;
         prefix_output[i] = prefix_output[i] * old_weight + weight * v;
       }
       prefix_max = new_max;

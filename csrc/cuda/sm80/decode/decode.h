@@ -20,7 +20,8 @@ struct DecodePartials {
   float *output, *largest, *total;
   int splits, row_tiles;
 
-  __host__ __device__ DecodePartials(const ZeroGateParams& p, int splits_, int row_tiles_) : splits(splits_), row_tiles(row_tiles_) {
+  __host__ __device__ DecodePartials(const ZeroGateParams& p, int splits_, int row_tiles_)
+      : splits(splits_), row_tiles(row_tiles_) {
     const int64_t rows = p.batch * p.heads_kv * row_tiles * splits * kDecodeRows;
     output = static_cast<float*>(p.workspace);
     largest = output + rows * p.head_dim;
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   __syncthreads();
 
   // Merge the warps: float32 [warp][row] of maxima, sums and outputs.
-  const uint32_t maxima = base + Tile::kBytes, sums = maxima + kWarpsHere * kDecodeRows * 4, outputs = sums + kWarpsHere * kDecodeRows * 4;
+  const uint32_t maxima = base + Tile::kBytes, sums = maxima + kWarpsHere * kDecodeRows * 4,
+                 outputs = sums + kWarpsHere * kDecodeRows * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = warp * kDecodeRows + lane / 4 + 8 * half;
@@ -159,7 +161,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
     }
 #pragma unroll
     for (int n = 0; n < kD; ++n) {
-      ptx::store_shared(outputs + (at * kHeadDim + 8 * n + lane % 4 * 2) * 4, float2{output[0][n][2 * half], output[0][n][2 * half + 1]});
+      ptx::store_shared(outputs + (at * kHeadDim + 8 * n + lane % 4 * 2) * 4,
+                        float2{output[0][n][2 * half], output[0][n][2 * half + 1]});
     }
   }
   __syncthreads();

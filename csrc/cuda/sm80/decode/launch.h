@@ -2,8 +2,8 @@
 
 #include <ptx/launch.h>
 
-#include "sm80/decode/combine.h"
 #include "launchers.h"
+#include "sm80/decode/combine.h"
 
 namespace lak {
 

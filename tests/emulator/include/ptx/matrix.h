@@ -50,7 +50,8 @@ inline void load_matrices_transposed(uint32_t (&fragment)[4], uint32_t address,
 }
 
 // stmatrix.x4 (compute capability 9.0): the inverse of load_matrices.
-inline void store_matrices(const uint32_t (&fragment)[4], uint32_t address, emulator::Where where = emulator::Where::current()) {
+inline void store_matrices(const uint32_t (&fragment)[4], uint32_t address,
+                           emulator::Where where = emulator::Where::current()) {
   struct Arguments {
     const uint32_t* fragment;
     uint16_t row[8];
