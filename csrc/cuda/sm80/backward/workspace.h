@@ -2,6 +2,8 @@
 // heads_q x total_q), in the order of statistic_row().
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "sm80/tiles.h"
