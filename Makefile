@@ -25,7 +25,7 @@ $(VENV)/environment.stamp: constraints.txt
 	$(PIP) pip setuptools wheel
 	$(PIP) torch numpy
 	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2 \
-	    tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	    sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
 	touch $@
 
 # PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.

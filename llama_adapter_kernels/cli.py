@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llama_adapter_kernels.commands import demo, finetune, generate, info
+from llama_adapter_kernels.commands import demo, evaluate, finetune, generate, info
 from llama_adapter_kernels.commands.bench import bench, bench_check, bench_report
 from llama_adapter_kernels.errors import UserError
 
@@ -63,6 +63,7 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", help="Say more while
 
 app.command()(finetune.finetune)
 app.command()(generate.generate)
+app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(info.info)
 app.command()(bench)
