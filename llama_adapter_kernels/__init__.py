@@ -12,13 +12,13 @@ from llama_adapter_kernels.ops.backends import available_backends, use_backend
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama_adapter_kernels.adapters.adapter import AdapterConfig, ZeroGateAdapter
+    from llama_adapter_kernels.adapters.layer import AdapterConfig, ZeroGateAdapter
     from llama_adapter_kernels.integrations.transformers.attach import attach_adapter, detach_adapter, load_adapter
 
 # Loaded when first used: the operation alone needs neither of these modules.
 _LAZY = {
-    "AdapterConfig": "adapters.adapter",
-    "ZeroGateAdapter": "adapters.adapter",
+    "AdapterConfig": "adapters.layer",
+    "ZeroGateAdapter": "adapters.layer",
     "attach_adapter": "integrations.transformers.attach",
     "detach_adapter": "integrations.transformers.attach",
     "load_adapter": "integrations.transformers.attach",

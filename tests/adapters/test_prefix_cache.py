@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.adapters.adapter import AdapterLayer
+from llama_adapter_kernels.adapters.layer import AdapterLayer
 from tests.support.small_models import TOKENS, adapted, build
 
 

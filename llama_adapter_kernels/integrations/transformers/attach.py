@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from llama_adapter_kernels.adapters.adapter import AdapterConfig, ZeroGateAdapter, read_config, read_weights
+from llama_adapter_kernels.adapters.layer import AdapterConfig, ZeroGateAdapter, read_config, read_weights
 from llama_adapter_kernels.integrations.transformers.attention import LAYER, attention
 from llama_adapter_kernels.integrations.transformers.masks import zero_gate_mask
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.adapters.adapter import AdapterLayer
+from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.prefix_cache import projection_sources
 from llama_adapter_kernels.integrations.transformers.masks import Packed, Window, read_mask
 from llama_adapter_kernels.ops import backends
