@@ -12,13 +12,14 @@ from llama_adapter_kernels.ops.backends import available_backends, use_backend
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama_adapter_kernels.adapters.layer import AdapterConfig, ZeroGateAdapter
+    from llama_adapter_kernels.adapters.config import AdapterConfig
+    from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
     from llama_adapter_kernels.integrations.transformers.attach import attach_adapter, detach_adapter, load_adapter
 
 # Loaded when first used: the operation alone needs neither of these modules.
 _LAZY = {
-    "AdapterConfig": "adapters.layer",
-    "ZeroGateAdapter": "adapters.layer",
+    "AdapterConfig": "adapters.config",
+    "ZeroGateAdapter": "integrations.adapter",
     "attach_adapter": "integrations.transformers.attach",
     "detach_adapter": "integrations.transformers.attach",
     "load_adapter": "integrations.transformers.attach",

@@ -7,7 +7,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from llama_adapter_kernels.adapters.layer import AdapterConfig, ZeroGateAdapter, read_config, read_weights
+from llama_adapter_kernels.adapters.config import AdapterConfig
+from llama_adapter_kernels.formats import native
+from llama_adapter_kernels.integrations import freezing
+from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
 from llama_adapter_kernels.integrations.transformers.attention import LAYER, attention
 from llama_adapter_kernels.integrations.transformers.masks import zero_gate_mask
 
@@ -43,8 +46,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig) -> ZeroGateAdapter:
     adapter = ZeroGateAdapter(config, _base_facts(model, attentions[0]), devices)
     _register()
     before = model.config._attn_implementation
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
+    trainable = freezing.freeze(model)
     for number, layer in adapter.layers.items():
         module = attentions[int(number)]
         setattr(module, LAYER, layer.train(module.training))
@@ -68,8 +70,7 @@ def detach_adapter(model: nn.Module) -> None:
             delattr(module, LAYER)
     implementation, trainable = undo
     model.set_attn_implementation(implementation)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+    freezing.restore(model, trainable)
     del model._zero_gate_undo
 
 
@@ -81,16 +82,17 @@ def load_adapter(model: nn.Module, path: Any) -> ZeroGateAdapter:
         OSError: there are no such files.
     """
     model = _without_peft(model)
-    config, base = read_config(path)
+    saved = native.read(path)
+    base = saved.base
     own = _base_facts(model, _attention_modules(model)[0])
     different = [name for name in own if own[name] != base.get(name)]
     if different:
         theirs = ", ".join(f"{name} {base.get(name)}" for name in different)
         ours = ", ".join(f"{name} {own[name]}" for name in different)
         raise ValueError(f"{path}: the adapter was made for a model with {theirs}; this model has {ours}")
-    adapter = attach_adapter(model, config)
+    adapter = attach_adapter(model, saved.config)
     try:
-        read_weights(adapter, path)
+        adapter.load_tensors(saved, str(path))
     except Exception:
         detach_adapter(model)
         raise

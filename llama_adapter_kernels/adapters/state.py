@@ -1,0 +1,24 @@
+"""An adapter outside of any model: what file formats read and write, and what a model's adapter is made from."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llama_adapter_kernels.adapters.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Everything that a saved adapter holds.
+
+    Args:
+        config: see AdapterConfig.
+        base: facts of the model that the adapter belongs to: model_type, hidden_size, num_hidden_layers,
+            num_attention_heads, num_key_value_heads, head_dim. A format that does not record a fact leaves it out.
+        tensors: by name, on the CPU: `layers.<number>.prompt` [P, hidden] and `layers.<number>.gate` [heads] or [1].
+    """
+
+    config: AdapterConfig
+    base: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
