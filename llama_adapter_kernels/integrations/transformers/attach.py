@@ -42,6 +42,8 @@ def attach_adapter(model: nn.Module, config: AdapterConfig) -> ZeroGateAdapter:
         raise ValueError(
             "config.output_attentions: expected False (the probabilities never exist as a tensor), got True"
         )
+    if config.tuning is not None or config.prefix_rows != "own":
+        raise ValueError("config.tuning, config.prefix_rows: expected none and own, others cannot be attached yet")
     devices = [_device(attention) for attention in attentions]
     adapter = ZeroGateAdapter(config, _base_facts(model, attentions[0]), devices)
     _register()
