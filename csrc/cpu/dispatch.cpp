@@ -1,4 +1,5 @@
-// Chooses the instruction set once per call and forwards to its kernels.
+// Chooses the instruction set.
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -31,16 +32,43 @@ bool detect(Isa isa) {
   return isa == Isa::kBaseline;
 }
 
-const KernelTable& table() {
-  switch (selected_isa()) {
+const Kernels& kernels_of(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx2: return avx2::kTable;
-    case Isa::kAvx512: return avx512::kTable;
-    case Isa::kAvx512Bf16: return avx512_bf16::kTable;
+    case Isa::kAvx2: return avx2::kKernels;
+    case Isa::kAvx512: return avx512::kKernels;
+    case Isa::kAvx512Bf16: return avx512_bf16::kKernels;
 #endif
-    default: return baseline::kTable;
+    default: return baseline::kKernels;
   }
 }
+
+// The supported one of this name. Throws std::runtime_error, which begins with `source`, where there is none.
+Isa isa_named(const std::string& name, const char* source) {
+  std::string usable;
+  for (Isa isa : kAll) {
+    if (!isa_supported(isa)) continue;
+    if (name == isa_name(isa)) return isa;
+    if (!usable.empty()) usable += ", ";
+    usable += isa_name(isa);
+  }
+  throw std::runtime_error(std::string(source) + ": expected one of " + usable + " on this CPU, got " + name);
+}
+
+Isa best_isa() {
+  Isa best = Isa::kBaseline;
+  for (Isa isa : kAll) {
+    if (isa_supported(isa)) best = isa;
+  }
+  return best;
+}
+
+Isa isa_of_environment() {
+  const char* wanted = std::getenv("LAK_CPU_ISA");
+  return wanted == nullptr || *wanted == '\0' ? best_isa() : isa_named(wanted, "LAK_CPU_ISA");
+}
+
+std::atomic<const Kernels*> forced{nullptr};
 
 }  // namespace
 
@@ -59,28 +87,14 @@ bool isa_supported(Isa isa) {
   return supported[static_cast<int>(isa)];
 }
 
-Isa selected_isa() {
-  const char* wanted = std::getenv("LAK_CPU_ISA");
-  Isa best = Isa::kBaseline;
-  std::string usable;
-  for (Isa isa : kAll) {
-    if (!isa_supported(isa)) continue;
-    best = isa;
-    if (wanted != nullptr && std::string(wanted) == isa_name(isa)) return isa;
-    if (!usable.empty()) usable += ", ";
-    usable += isa_name(isa);
-  }
-  if (wanted != nullptr && *wanted != '\0') {
-    throw std::runtime_error("LAK_CPU_ISA: expected one of " + usable + " on this CPU, got " + wanted);
-  }
-  return best;
+const Kernels& kernels() {
+  if (const Kernels* now = forced.load(std::memory_order_acquire)) return *now;
+  static const Kernels& of_process = kernels_of(isa_of_environment());  // where it throws, the next call tries again
+  return of_process;
 }
 
-int64_t forward_workspace(const ZeroGateParams& params, int threads) { return table().forward_workspace(params, threads); }
-int64_t backward_workspace(const ZeroGateParams& params, int threads) { return table().backward_workspace(params, threads); }
-int64_t decode_workspace(const ZeroGateParams& params, int threads) { return table().decode_workspace(params, threads); }
-void forward(const ZeroGateParams& params, const Parallel& parallel) { table().forward(params, parallel); }
-void backward(const ZeroGateParams& params, const Parallel& parallel) { table().backward(params, parallel); }
-void decode(const ZeroGateParams& params, const Parallel& parallel) { table().decode(params, parallel); }
+void force_isa(const std::string& name) {
+  forced.store(name.empty() ? nullptr : &kernels_of(isa_named(name, "instruction set")), std::memory_order_release);
+}
 
 }  // namespace lak::cpu

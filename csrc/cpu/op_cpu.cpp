@@ -72,14 +72,15 @@ std::tuple<Tensor, Tensor> forward_cpu(Tensor query, Tensor key, Tensor value, O
                         key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,     is_causal};
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
+  const cpu::Kernels& kernels = cpu::kernels();
   const cpu::Parallel parallel = torch_threads();
   Tensor output = new_output(arguments);
   Tensor logsumexp = new_logsumexp(arguments, params);
   params.output = view_of(output);
   params.logsumexp = row_view_of(logsumexp);
-  Tensor workspace = new_workspace(query, cpu::forward_workspace(params, parallel.threads));
+  Tensor workspace = new_workspace(query, kernels.forward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
-  cpu::forward(params, parallel);
+  kernels.forward(params, parallel);
   clear_tail(output, params.cu_seqlens_q, params);
   return {laid_out_like(output, query), logsumexp};
 }
@@ -95,15 +96,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
   check_backward_inputs(arguments, params, doutput, output, logsumexp);
+  const cpu::Kernels& kernels = cpu::kernels();
   const cpu::Parallel parallel = torch_threads();
   params.deterministic = deterministic;  // the CPU kernels always are
   params.doutput = view_of(doutput);
   params.output = view_of(output);
   params.logsumexp = row_view_of(logsumexp);
   Gradients gradients = new_gradients(arguments, params, need_dquery, need_dkey_dvalue, need_dprefix);
-  Tensor workspace = new_workspace(query, cpu::backward_workspace(params, parallel.threads));
+  Tensor workspace = new_workspace(query, kernels.backward_workspace(params, parallel.threads));
   give_workspace(params, workspace);
-  cpu::backward(params, parallel);
+  kernels.backward(params, parallel);
   clear_tail(gradients.query, params.cu_seqlens_q, params);
   clear_tail(gradients.key, params.cu_seqlens_k, params);
   clear_tail(gradients.value, params.cu_seqlens_k, params);
@@ -123,16 +125,19 @@ Tensor decode_cpu(Tensor query, Tensor key_cache, Tensor value_cache, OptionalTe
                         scale,     is_causal};
   ZeroGateParams params = arguments.params();
   check_values(arguments, params);
+  const cpu::Kernels& kernels = cpu::kernels();
   const cpu::Parallel parallel = torch_threads();
   Tensor output = new_output(arguments);
   params.output = view_of(output);
-  Tensor workspace = new_workspace(query, cpu::decode_workspace(params, parallel.threads));
+  Tensor workspace = new_workspace(query, kernels.decode_workspace(params, parallel.threads));
   give_workspace(params, workspace);
-  cpu::decode(params, parallel);
+  kernels.decode(params, parallel);
   return laid_out_like(output, query);
 }
 
-std::string cpu_instruction_set() { return cpu::isa_name(cpu::selected_isa()); }
+std::string cpu_instruction_set() { return cpu::isa_name(cpu::kernels().isa); }
+
+void force_cpu_instruction_set(std::string name) { cpu::force_isa(name); }
 
 std::string cpu_instruction_sets() {
   std::string names;
@@ -162,6 +167,7 @@ STABLE_TORCH_LIBRARY(llama_adapter_kernels, m) {
       "decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? prefix_key, Tensor? prefix_value, Tensor? gate, "
       "Tensor? key_start, Tensor? key_end, Tensor? prefix_index, float scale, bool is_causal) -> Tensor");
   m.def("cpu_instruction_set() -> str");   // the one that the next call will use
+  m.def("force_cpu_instruction_set(str name) -> ()");  // for tests: from the next call on; "": as before
   m.def("cpu_instruction_sets() -> str");  // all that run here, weakest first, separated by spaces
 }
 
@@ -173,5 +179,6 @@ STABLE_TORCH_LIBRARY_IMPL(llama_adapter_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(llama_adapter_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&lak::cpu_instruction_set));
+  m.impl("force_cpu_instruction_set", TORCH_BOX(&lak::force_cpu_instruction_set));
   m.impl("cpu_instruction_sets", TORCH_BOX(&lak::cpu_instruction_sets));
 }

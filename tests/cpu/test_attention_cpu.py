@@ -1,5 +1,6 @@
 """The CPU kernels against float64 by the tolerance rule, per instruction set, over every argument form and tile edge."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_decode
-from llama_adapter_kernels.ops import registration
 from llama_adapter_kernels.testing import Case, Truth, deviations, make_problem, truth_of
+from tests.support.instruction_sets import USABLE, forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = Case(batch=1, heads_q=2, heads_kv=1)
@@ -57,11 +58,10 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert not bad, "\n".join(bad)
 
 
-@pytest.fixture(params=registration.cpu_instruction_sets()[0])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(registration.CPU_ISA_VARIABLE, request.param)
-    assert torch.ops.llama_adapter_kernels.cpu_instruction_set() == request.param
-    return request.param
+@pytest.fixture(params=USABLE)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with forced(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from llama_adapter_kernels.ops import registration
+from tests.support.instruction_sets import USABLE
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "bf16_stand_in"
 
 # What the stand-in process runs first: the two builds round differently, so equal bits would mean that one was not used.
 DIFFERS = """
-import os, torch
+import torch
 import llama_adapter_kernels as lak
 q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 results = []
 for isa in ("baseline", "avx512_bf16"):
-    os.environ["LAK_CPU_ISA"] = isa
+    torch.ops.llama_adapter_kernels.force_cpu_instruction_set(isa)
     output = lak.zero_gate_attention(q, k, v, None, None, None, is_causal=True, backend="cpu")
     results.append([output, *torch.autograd.grad(output.float().square().sum(), (q, k, v))])
 for plain, in_pairs in zip(*results):
@@ -38,7 +38,7 @@ print(lak.__file__)
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """A process with this environment imports the package with the stand-in library."""
-    vectors = [isa for isa in ("avx512", "avx2") if isa in registration.cpu_instruction_sets()[0]]
+    vectors = [isa for isa in ("avx512", "avx2") if isa in USABLE]
     if not vectors:
         pytest.skip("this CPU has neither AVX-512 nor AVX2, one of which the stand-in is made of")
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -70,6 +70,6 @@ def test_the_pairs_are_used(environment: dict[str, str]) -> None:
 
 def test_bfloat16(environment: dict[str, str]) -> None:
     arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "avx512_bf16 and bfloat16"]
-    report = run(environment, "-m", "pytest", "-q", *arguments, str(ROOT / "tests" / "test_attention_cpu.py"))
+    report = run(environment, "-m", "pytest", "-q", *arguments, "tests/cpu/test_attention_cpu.py")
     passed = int(report.rsplit(" passed", 1)[0].split()[-1])
     assert passed >= 20, report
