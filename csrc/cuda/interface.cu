@@ -1,15 +1,21 @@
-// Checks what the kernels assume, once, and chooses the instantiation.
+// Checks what every kernel assumes, once, and chooses the kernels of the current device's architecture.
 #include "interface.h"
 
-#include "launchers.h"
-#include "sm80/backward/workspace.h"
-#include "sm80/decode/launch.h"
+#include <string>
+
+#include "architecture.h"
+#include "launch_kernel.h"
 
 namespace {
 
+using lak::Architecture;
 using lak::DataType;
 using lak::TensorView;
 using lak::ZeroGateParams;
+
+// The families that are compiled, newest first: a device runs the first whose least compute capability it has. Kernels for
+// Hopper (sm90/, with flags of their own) will stand before these.
+constexpr const Architecture* kArchitectures[] = {&lak::sm80::kArchitecture};
 
 bool aligned(const TensorView& v, int64_t rows, int64_t element) {
   if (v.data == nullptr || rows == 0) return true;
@@ -35,20 +41,42 @@ int check(const ZeroGateParams& p) {
   return all ? kLakSuccess : kLakMisaligned;
 }
 
-// Calls work.operator()<T, padded head size>().
-template <class Work>
-int for_instantiation(const ZeroGateParams& p, const Work& work) {
-  const auto with_type = [&]<class T>() {
-    if (p.head_dim <= 64) return work.template operator()<T, 64>();
-    if (p.head_dim <= 128) return work.template operator()<T, 128>();
-    return work.template operator()<T, 256>();
-  };
-  switch (p.dtype) {
-    case DataType::kBFloat16: return with_type.template operator()<lak::BFloat16>();
-    case DataType::kFloat16: return with_type.template operator()<lak::Float16>();
-    case DataType::kFloat32: return with_type.template operator()<float>();
-    default: return kLakBadDtype;
+// The kernels for the current device, or why there are none. Neither call creates a context.
+int choose_architecture(const Architecture*& chosen) {
+  int device = 0, major = 0, minor = 0;
+  if (const int code = lak::code_of(cudaGetDevice(&device)); code != kLakSuccess) return code;
+  if (const int code = lak::code_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+      code != kLakSuccess)
+    return code;
+  if (const int code = lak::code_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+      code != kLakSuccess)
+    return code;
+  for (const Architecture* architecture : kArchitectures) {
+    if (major * 10 + minor < architecture->least_capability) continue;
+    chosen = architecture;
+    return kLakSuccess;
   }
+  return kLakDeviceTooOld;
+}
+
+// Within a major version of CUDA every driver serves (minor version compatibility). Only a card that is newer than all compiled
+// architectures needs PTX, and with it a driver as new as the toolkit.
+const char* driver_too_old() {
+  constexpr int kMajor = CUDART_VERSION / 1000, kMinor = CUDART_VERSION % 1000 / 10;
+  static const std::string text =
+      "the NVIDIA driver is older than CUDA " + std::to_string(kMajor) + "." + std::to_string(kMinor) +
+      ", which this library was built with: expected version " + (kMajor >= 13 ? "580" : "525") +
+      " or later, and for a GPU newer than compute capability " LAK_CUDA_ARCHITECTURES " one released with that CUDA or later";
+  return text.c_str();
+}
+
+// work(architecture) for a problem that kernels can run, else the code of what is wrong with it.
+template <class Work>
+int with_architecture(const ZeroGateParams& p, const Work& work) {
+  const Architecture* architecture = nullptr;
+  if (const int code = check(p); code != kLakSuccess) return code;
+  if (const int code = choose_architecture(architecture); code != kLakSuccess) return code;
+  return work(*architecture);
 }
 
 }  // namespace
@@ -63,48 +91,57 @@ const char* lak_cuda_error(int code) {
     case kLakMisaligned: return "every tensor: expected data and strides that are multiples of 16 bytes";
     case kLakBadSize: return "sizes: expected from 0 to 2^30, and a number of key heads that divides the query heads";
     case kLakGridTooLarge: return "sizes: batch x heads x blocks of rows exceed 2^31 - 1 thread blocks";
-    case kLakNoCodeForDevice: return "the device has no compiled code here; built architectures: " LAK_CUDA_ARCHITECTURES;
-    case kLakTooMuchSharedMemory: return "the device has too little shared memory for this kernel (99 KiB a block are needed)";
+    case kLakDeviceTooOld: return "needs a GPU of compute capability 8.0 or later";
+    case kLakNoCodeForDevice: return "has no code for this GPU; compiled for compute capability " LAK_CUDA_ARCHITECTURES;
+    case kLakDriverTooOld: return driver_too_old();
+    case kLakOutOfMemory: return "the GPU's memory does not suffice for a context and the kernels' code";
+    case kLakTooMuchSharedMemory: return "the GPU has too little shared memory for this kernel (99 KiB a block are needed)";
     case kLakNoWorkspace: return "workspace: expected memory, got none";
     default: return code > kLakCudaError ? cudaGetErrorString(static_cast<cudaError_t>(code - kLakCudaError)) : "unknown error";
   }
 }
 
+int lak_cuda_probe() {
+  const Architecture* architecture = nullptr;
+  if (const int code = choose_architecture(architecture); code != kLakSuccess) return code;
+  return architecture->probe();
+}
+
 int lak_cuda_forward(const ZeroGateParams* params, void* stream) {
-  if (const int code = check(*params); code != kLakSuccess) return code;
-  return for_instantiation(*params, [&]<class T, int kHeadDim>() {
-    return lak::launch_forward<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
-  });
-}
-
-int64_t lak_cuda_decode_workspace(const ZeroGateParams* params) {
-  const ZeroGateParams& p = *params;
-  if (check(p) != kLakSuccess) return 0;
-  const int64_t rows = p.batch * p.heads_kv * lak::decode_row_tiles(p) * lak::decode_splits(p) * 16;
-  return rows * (p.head_dim + 2) * 4;
-}
-
-int lak_cuda_decode(const ZeroGateParams* params, void* stream) {
-  if (const int code = check(*params); code != kLakSuccess) return code;
-  return for_instantiation(*params, [&]<class T, int kHeadDim>() {
-    return lak::launch_decode<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
-  });
-}
-
-int64_t lak_cuda_backward_workspace(const ZeroGateParams* params) {
-  if (check(*params) != kLakSuccess) return 0;
-  int64_t bytes = 0;
-  for_instantiation(*params, [&]<class T, int kHeadDim>() {
-    bytes = lak::backward_workspace<T, kHeadDim>(*params).bytes;
-    return int{kLakSuccess};
-  });
-  return bytes;
+  return with_architecture(*params,
+                           [&](const Architecture& a) { return a.forward(*params, static_cast<cudaStream_t>(stream)); });
 }
 
 int lak_cuda_backward(const ZeroGateParams* params, void* stream) {
-  if (const int code = check(*params); code != kLakSuccess) return code;
-  return for_instantiation(*params, [&]<class T, int kHeadDim>() {
-    return lak::launch_backward<T, kHeadDim>(*params, static_cast<cudaStream_t>(stream));
-  });
+  return with_architecture(*params,
+                           [&](const Architecture& a) { return a.backward(*params, static_cast<cudaStream_t>(stream)); });
 }
+
+int lak_cuda_decode(const ZeroGateParams* params, void* stream) {
+  return with_architecture(*params,
+                           [&](const Architecture& a) { return a.decode(*params, static_cast<cudaStream_t>(stream)); });
+}
+
+int64_t lak_cuda_backward_workspace(const ZeroGateParams* params) {
+  int64_t bytes = 0;
+  with_architecture(*params, [&](const Architecture& a) { return bytes = a.backward_workspace(*params), int{kLakSuccess}; });
+  return bytes;
+}
+
+int64_t lak_cuda_decode_workspace(const ZeroGateParams* params) {
+  int64_t bytes = 0;
+  with_architecture(*params, [&](const Architecture& a) { return bytes = a.decode_workspace(*params), int{kLakSuccess}; });
+  return bytes;
+}
+
+const char* lak_cuda_kernels() {
+  static const std::string table = [] {
+    std::string lines;
+    for (const Architecture* architecture : kArchitectures) architecture->list_kernels(lines);
+    return lines;
+  }();
+  return table.c_str();
+}
+
+const char* lak_cuda_architectures() { return LAK_CUDA_ARCHITECTURES; }
 }

@@ -19,7 +19,10 @@ enum LakCudaError : int {
   kLakMisaligned,
   kLakBadSize,
   kLakGridTooLarge,
+  kLakDeviceTooOld,
   kLakNoCodeForDevice,
+  kLakDriverTooOld,
+  kLakOutOfMemory,
   kLakTooMuchSharedMemory,
   kLakNoWorkspace,
   kLakCudaError = 1000,  // plus a cudaError_t
@@ -31,11 +34,14 @@ LAK_EXPORT int lak_cuda_forward(const lak::ZeroGateParams* params, void* stream)
 LAK_EXPORT int lak_cuda_backward(const lak::ZeroGateParams* params, void* stream);
 LAK_EXPORT int lak_cuda_decode(const lak::ZeroGateParams* params, void* stream);
 
-// What is compiled, one line a kernel: name, element type, padded head_dim, rows and keys of a tile, threads a block, blocks a
-// multiprocessor shall hold, dynamic shared memory of a block in bytes.
+// Can the kernels run on the current device? Loads a kernel's code there, and so creates the device's context.
+LAK_EXPORT int lak_cuda_probe();
+
+// What is compiled, one line a kernel: architecture family, name, element type, padded head_dim, rows and keys of a tile, threads
+// of a block, blocks that a multiprocessor is meant to hold, dynamic shared memory of a block in bytes.
 LAK_EXPORT const char* lak_cuda_kernels();
 
-// The architectures that are compiled, separated by spaces.
+// The compute capabilities with machine code of their own, separated by spaces, such as "80 90".
 LAK_EXPORT const char* lak_cuda_architectures();
 
 // Bytes of params.workspace.

@@ -33,13 +33,14 @@ _TYPES = {"bfloat16": "NS_8BFloat16E", "float16": "NS_7Float16E", "float32": "f"
 class Kernel:
     """One kernel as it was designed."""
 
+    family: str  # of architectures: "sm80" (compute capability 8.0 and later)
     name: str
     dtype: str
     head_dim: int  # padded
     rows: int  # queries of a tile
     keys: int  # keys (prefix kernels: slots) of a tile
     threads: int  # of a block
-    blocks: int  # that one multiprocessor shall hold at the same time
+    blocks: int  # that one multiprocessor is meant to hold at the same time
     shared: int  # dynamic shared memory of a block, bytes
 
     @property
@@ -47,7 +48,8 @@ class Kernel:
         """The mangled name up to the parameters."""
         function, flags = _FUNCTIONS[self.name]
         arguments = "".join(f"ELb{flag}" for flag in flags)
-        return f"_ZN3lak{len(function)}{function}I{_TYPES[self.dtype]}Li{self.head_dim}{arguments}EEEv"
+        scope = f"_ZN3lak{len(self.family)}{self.family}{len(function)}{function}"
+        return f"{scope}I{_TYPES[self.dtype]}Li{self.head_dim}{arguments}EEEv"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def architectures() -> list[str]:
 def kernels() -> list[Kernel]:
     """Every kernel with a matrix product in it; sums and conversions are left out."""
     lines = _library().lak_cuda_kernels().decode().splitlines()
-    return [Kernel(name, dtype, *map(int, numbers)) for name, dtype, *numbers in map(str.split, lines)]
+    return [Kernel(family, name, dtype, *map(int, numbers)) for family, name, dtype, *numbers in map(str.split, lines)]
 
 
 def cuobjdump() -> Path | None:

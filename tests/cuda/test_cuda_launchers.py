@@ -1,6 +1,8 @@
-"""What the launchers refuse, and how they say so. The same interface.cu is in the CUDA library and in the emulator."""
+"""What the C interface refuses, and how it says so. The same interface.cu is in the CUDA library and in the emulator."""
 
 import ctypes
+import re
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -58,11 +60,48 @@ def test_no_workspace(emulator: ModuleType, function: str) -> None:
     assert "workspace: expected memory, got none" in refusal(emulator, function)
 
 
+@pytest.fixture
+def device(emulator: ModuleType) -> Iterator[Callable[..., None]]:
+    """Says what the emulated device is and how its calls fail."""
+    yield emulator.set_device
+    emulator.set_device()
+
+
+DEVICES = [
+    ({"capability": 75}, "needs a GPU of compute capability 8.0 or later"),
+    ({"driver_error": 35}, "the NVIDIA driver is older than CUDA 13.0, .* expected version 580 or later"),
+    ({"code_error": 222}, "the NVIDIA driver is older than CUDA 13.0"),  # PTX newer than the driver
+    ({"code_error": 209}, "has no code for this GPU; compiled for compute capability emulated"),
+    ({"code_error": 2}, "the GPU's memory does not suffice"),
+]
+
+
+@pytest.mark.parametrize(("says", "message"), DEVICES)
+def test_why_a_device_cannot_run_the_kernels(
+    emulator: ModuleType, device: Callable[..., None], says: dict[str, int], message: str
+) -> None:
+    device(**says)
+    assert re.search(message, emulator.error(emulator.probe()))
+    assert re.search(message, refusal(emulator, "forward"))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_devices_that_can(emulator: ModuleType, device: Callable[..., None], capability: int) -> None:
+    device(capability=capability)
+    assert emulator.probe() == 0
+
+
+def test_kernels_are_listed_by_family(emulator: ModuleType) -> None:
+    lines = emulator.kernels().splitlines()
+    assert {line.split()[0] for line in lines} == {"sm80"}
+    assert {len(line.split()) for line in lines} == {9}
+
+
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc, or LAK_CUDA=0")
 def test_a_device_without_code_is_told_what_is_built() -> None:
     library = ctypes.CDLL(str(cuda_library.LIBRARY))
     library.lak_cuda_error.restype = ctypes.c_char_p
-    text = next(t for t in (library.lak_cuda_error(code).decode() for code in range(20)) if "compiled code" in t)
-    assert text.endswith("built architectures: 80 86 89 90")
+    text = next(t for t in (library.lak_cuda_error(code).decode() for code in range(20)) if "no code for" in t)
+    assert text.endswith("compute capability 80 86 89 90")
     assert "\n" not in text
     assert library.lak_cuda_error(1000 + 2).decode() == "out of memory"  # cudaErrorMemoryAllocation

@@ -73,8 +73,9 @@ def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, archite
     """Products on tensor cores, operands by ldmatrix, tiles by 16-byte asynchronous copies, nothing in local memory."""
     (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == (name, "bfloat16", 128))
     code = disassembly(kernel, architecture)
-    assert count(code, r"HMMA\.16816\.F32\.BF16") >= 32
-    assert count(code, r"LDSM\.16(?:\.M|\.MT)88\.4") >= 16
+    # In the text of the kernel, where decode's products stay a loop over head_dim.
+    assert count(code, r"HMMA\.16816\.F32\.BF16") >= (16 if name == "decode" else 32)
+    assert count(code, r"LDSM\.16(?:\.M|\.MT)88\.4") >= (8 if name == "decode" else 16)
     assert count(code, r"LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128") >= 8
     assert count(code, r"MUFU\.EX2") >= 8
     assert count(code, r"(?:LDL|STL)(?:\.\w+)*") == 0

@@ -2,12 +2,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda_runtime.h"
 #include "faults.h"
 #include "interface.h"
 #include "machine.h"
 
 namespace py = pybind11;
 using lak::ZeroGateParams;
+
+namespace emulator {
+
+Device& device() {
+  static Device the_device;
+  return the_device;
+}
+
+}  // namespace emulator
 
 namespace {
 
@@ -90,6 +100,11 @@ PYBIND11_MODULE(cuda_emulator, m) {
     c = {};
     return result;
   });
+  m.def("set_device", [](int capability, int driver_error, int code_error) {
+    emulator::device() = {capability, static_cast<cudaError_t>(driver_error), static_cast<cudaError_t>(code_error)};
+  }, py::arg("capability") = 90, py::arg("driver_error") = 0, py::arg("code_error") = 0);
+  m.def("probe", &lak_cuda_probe);
+  m.def("kernels", &lak_cuda_kernels);
   m.def("error", &lak_cuda_error);
   m.def("forward", [](const py::dict& d) {
     const auto p = params_from(d);

@@ -22,7 +22,7 @@ def build(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*HERE.glob("*.cpp"), *HERE.glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cu"),
-               *(ROOT / "csrc/cuda/sm80/instantiate").glob("*.cu")]  # fmt: skip
+               *(ROOT / "csrc/cuda/sm80").rglob("*.cu")]  # fmt: skip
     includes = [HERE / "include", HERE, ROOT / "csrc/cuda", ROOT / "csrc"]
     system = [pybind11.get_include(), sysconfig.get_path("include")]
     flags = " ".join([*(f"-I{path}" for path in includes), *(f"-isystem {path}" for path in system)])

@@ -10,7 +10,7 @@
 
 #include "sm80/scores.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 template <class T, int kHeadDim, bool kElementwise>
 struct ForwardMemory {
@@ -281,4 +281,4 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
                                             largest, total);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -13,7 +13,7 @@
 
 #include "sm80/tiles.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -283,4 +283,4 @@ __device__ __forceinline__ void store_rows(T* rows, int64_t stride, int row, int
   }
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -1,32 +1,24 @@
 // What is compiled, for `llama-adapter info` and the tests of the machine code.
-#include <string>
+#include "sm80/kernel_table.h"
 
-#include "interface.h"
 #include "sm80/backward/keys.h"
 #include "sm80/backward/prefix.h"
 #include "sm80/backward/queries.h"
 #include "sm80/backward/rows.h"
-#include "sm80/decode/combine.h"
+#include "sm80/decode/decode.h"
 #include "sm80/forward.h"
 
+namespace lak::sm80 {
 namespace {
 
-using namespace lak;
-
-void add(std::string& table, const char* kernel, const char* type, int head_dim, int rows, int keys, int threads, int blocks,
-         int bytes) {
-  table += kernel;
-  table += std::string(" ") + type;
-  for (int number : {head_dim, rows, keys, threads, blocks, bytes}) table += " " + std::to_string(number);
-  table += "\n";
-}
-
 template <class T, int kHeadDim>
-void add_kernels(std::string& table, const char* type) {
+void add_kernels(std::string& lines, const char* type) {
   constexpr bool kTuned = kIsTuned<T, kHeadDim>;
   constexpr int kBlocks = kTuned ? 2 : 1, kBackwardThreads = 32 * kBackwardWarps<T, kHeadDim>;
   const auto line = [&](const char* kernel, int rows, int keys, int threads, int blocks, int bytes) {
-    add(table, kernel, type, kHeadDim, rows, keys, threads, blocks, bytes);
+    lines += std::string("sm80 ") + kernel + " " + type;
+    for (int number : {kHeadDim, rows, keys, threads, blocks, bytes}) lines += " " + std::to_string(number);
+    lines += "\n";
   };
   if constexpr (kTuned) {
     using Plain = ForwardMemory<T, kHeadDim, false>;
@@ -54,26 +46,18 @@ void add_kernels(std::string& table, const char* type) {
 }
 
 template <class T>
-void add_head_dims(std::string& table, const char* type) {
-  add_kernels<T, 64>(table, type);
-  add_kernels<T, 128>(table, type);
-  add_kernels<T, 256>(table, type);
+void add_head_dims(std::string& lines, const char* type) {
+  add_kernels<T, 64>(lines, type);
+  add_kernels<T, 128>(lines, type);
+  add_kernels<T, 256>(lines, type);
 }
 
 }  // namespace
 
-extern "C" {
-
-const char* lak_cuda_kernels() {
-  static const std::string table = [] {
-    std::string lines;
-    add_head_dims<BFloat16>(lines, "bfloat16");
-    add_head_dims<Float16>(lines, "float16");
-    add_head_dims<float>(lines, "float32");
-    return lines;
-  }();
-  return table.c_str();
+void list_kernels(std::string& lines) {
+  add_head_dims<BFloat16>(lines, "bfloat16");
+  add_head_dims<Float16>(lines, "float16");
+  add_head_dims<float>(lines, "float32");
 }
 
-const char* lak_cuda_architectures() { return LAK_CUDA_ARCHITECTURES; }
-}
+}  // namespace lak::sm80

@@ -4,7 +4,7 @@
 #include "problem.h"
 #include "sm80/fragments.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -78,4 +78,4 @@ __device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRul
   }
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace lak {
+namespace lak::sm80 {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
@@ -57,4 +57,4 @@ constexpr int kDecodeStages = kIsTuned<T, kHeadDim> ? 2 : 1;
 template <class T, int kHeadDim>
 constexpr int kDecodeWarps = !kIsHalf<T> && kHeadDim == 256 ? 2 : 4;
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -116,33 +116,56 @@ inline bool __all_sync(unsigned mask, bool predicate, emulator::Where where = em
   return emulator::ballot("__all_sync", mask, predicate, where) == mask;
 }
 
-// ---- the host's side: an emulated device of compute capability 9.0 with two multiprocessors ----
+// ---- the host's side: an emulated device with two multiprocessors; tests may say what it is and how it fails ----
+#define CUDART_VERSION 13000
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
-  cudaErrorNoKernelImageForDevice = 209
+  cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+namespace emulator {
+struct Device {
+  int capability = 90;                    // major * 10 + minor
+  cudaError_t driver_error = cudaSuccess;  // of every call: no driver, one that is too old
+  cudaError_t code_error = cudaSuccess;    // of loading a kernel
+};
+Device& device();
+}  // namespace emulator
 struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
   int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion;
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, emulator::device().driver_error; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+  return emulator::device().code_error;
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
   *attributes = {0, 0, 0, 1024, 0, 90, 90};
-  return cudaSuccess;
+  return emulator::device().code_error;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 * 1024;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 2; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulator::device().capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = emulator::device().capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; break;
+  }
+  return emulator::device().driver_error;
 }

@@ -12,7 +12,7 @@
 #include "sm80/backward/workspace.h"
 #include "sm80/scores.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 template <class T, int kHeadDim, bool kAddQueryGradient>
 struct KeyGradientMemory {
@@ -177,4 +177,4 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
                  head_dim);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -1,41 +1,27 @@
 // The order of backward's kernels. Only what is asked for is computed: without gradients of Q, K and V nothing quadratic runs.
 #pragma once
 
-#include <ptx/launch.h>
-
-#include "launchers.h"
 #include "sm80/backward/keys.h"
 #include "sm80/backward/prefix.h"
 #include "sm80/backward/queries.h"
 #include "sm80/backward/rows.h"
 #include "sm80/backward/sums.h"
+#include "sm80/launchers.h"
 
-namespace lak {
-
-template <auto kKernel, int kBytes, class... Arguments>
-int launch_checked(int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
-  static_assert(kBytes <= 99 * 1024, "compute capability 8.6 has 99 KiB of shared memory a block");
-  if (blocks == 0) return kLakSuccess;
-  if (!grid_fits(blocks)) return kLakGridTooLarge;
-  if constexpr (kBytes > 0) {
-    const int allowed = allow_shared_memory(kKernel, kBytes);
-    if (allowed != kLakSuccess) return allowed;
-  }
-  return code_of(ptx::launch<kKernel>(static_cast<unsigned>(blocks), threads, kBytes, stream, arguments...));
-}
+namespace lak::sm80 {
 
 template <class T, int kHeadDim, bool kElementwise, bool kAddQueryGradient>
 int launch_backward_keys(const ZeroGateParams& p, cudaStream_t stream) {
   const int64_t key_blocks = ceil_div(p.seq_k, KeyGradientTiles<T, kHeadDim>::kKeys);
-  return launch_checked<backward_keys_kernel<T, kHeadDim, kElementwise, kAddQueryGradient>,
-                        KeyGradientMemory<T, kHeadDim, kAddQueryGradient>::kBytes>(
+  return launch<backward_keys_kernel<T, kHeadDim, kElementwise, kAddQueryGradient>,
+                KeyGradientMemory<T, kHeadDim, kAddQueryGradient>::kBytes>(
       key_blocks * p.heads_kv * p.batch, 32 * kBackwardWarps<T, kHeadDim>, stream, p, static_cast<int>(key_blocks));
 }
 
 template <class T, int kHeadDim, bool kElementwise>
 int launch_backward_queries(const ZeroGateParams& p, cudaStream_t stream) {
   const int64_t row_blocks = ceil_div(p.seq_q, QueryGradientTiles<T, kHeadDim>::kRows);
-  return launch_checked<backward_queries_kernel<T, kHeadDim, kElementwise>, kQueryGradientBytes<T, kHeadDim>>(
+  return launch<backward_queries_kernel<T, kHeadDim, kElementwise>, kQueryGradientBytes<T, kHeadDim>>(
       row_blocks * p.heads_q * p.batch, 32 * kBackwardWarps<T, kHeadDim>, stream, p, static_cast<int>(row_blocks));
 }
 
@@ -47,18 +33,18 @@ int launch_backward(const ZeroGateParams& p, cudaStream_t stream) {
   const bool keys = p.dkey.data != nullptr, queries = p.dquery.data != nullptr, prefix = p.dgate != nullptr;
   const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
 
-  int code = launch_checked<backward_rows_kernel<T, kHeadDim>, kRowsKernelBytes<T, kHeadDim>>(
+  int code = launch<backward_rows_kernel<T, kHeadDim>, kRowsKernelBytes<T, kHeadDim>>(
       static_cast<int64_t>(workspace.row_blocks) * p.heads_q * p.batch, kThreadsHere, stream, p);
   if (code != kLakSuccess) return code;
   if (prefix) {
     const int64_t slot_tiles = ceil_div(p.prefix_length, 16), splits = workspace.parts / kBackwardWarps<T, kHeadDim>;
-    code = launch_checked<backward_prefix_kernel<T, kHeadDim>, kPrefixKernelBytes<T, kHeadDim>>(
+    code = launch<backward_prefix_kernel<T, kHeadDim>, kPrefixKernelBytes<T, kHeadDim>>(
         splits * slot_tiles * p.heads_q * p.batch, kThreadsHere, stream, p, static_cast<int>(slot_tiles));
     if (code != kLakSuccess) return code;
     const int64_t elements = p.prefix_count * p.heads_kv * p.prefix_length * p.head_dim;
-    code = launch_checked<sum_prefix_kernel<T, kHeadDim>, 0>(ceil_div(elements, kSumThreads), kSumThreads, stream, p);
+    code = launch<sum_prefix_kernel<T, kHeadDim>>(ceil_div(elements, kSumThreads), kSumThreads, stream, p);
     if (code != kLakSuccess) return code;
-    code = launch_checked<sum_gate_kernel<T, kHeadDim>, 0>(p.prefix_count * p.heads_q, 32, stream, p);
+    code = launch<sum_gate_kernel<T, kHeadDim>>(p.prefix_count * p.heads_q, 32, stream, p);
     if (code != kLakSuccess) return code;
   }
 
@@ -70,7 +56,7 @@ int launch_backward(const ZeroGateParams& p, cudaStream_t stream) {
       if (code != kLakSuccess) return code;
     }
     const int64_t pairs = (p.cu_seqlens_q != nullptr ? 1 : p.batch) * p.heads_q * p.total_q * (p.head_dim / 2);
-    code = launch_checked<convert_dquery_kernel<T, kHeadDim>, 0>(ceil_div(pairs, kSumThreads), kSumThreads, stream, p);
+    code = launch<convert_dquery_kernel<T, kHeadDim>>(ceil_div(pairs, kSumThreads), kSumThreads, stream, p);
     if (code != kLakSuccess) return code;
   } else {
     if constexpr (kIsTuned<T, kHeadDim>) {
@@ -86,7 +72,7 @@ int launch_backward(const ZeroGateParams& p, cudaStream_t stream) {
   if (p.cu_seqlens_q == nullptr) return kLakSuccess;
   const auto zero_tail = [&](const TensorView& tensor, int64_t tokens, int64_t heads, const int32_t* cu_seqlens) {
     if (code != kLakSuccess || tensor.data == nullptr) return;
-    code = launch_checked<zero_tail_kernel<T>, 0>(tokens, 32, stream, tensor, heads, p.head_dim, cu_seqlens + p.batch);
+    code = launch<zero_tail_kernel<T>>(tokens, 32, stream, tensor, heads, p.head_dim, cu_seqlens + p.batch);
   };
   zero_tail(p.dquery, p.total_q, p.heads_q, p.cu_seqlens_q);
   zero_tail(p.dkey, p.total_k, p.heads_kv, p.cu_seqlens_k);
@@ -94,4 +80,4 @@ int launch_backward(const ZeroGateParams& p, cudaStream_t stream) {
   return code;
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -7,7 +7,7 @@
 
 #include "sm80/backward/rows.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 template <class T, int kHeadDim>
 constexpr int kPrefixKernelBytes = (2 + 2 * kBackwardWarps<T, kHeadDim>)*16 * kHeadDim * static_cast<int>(sizeof(T));
@@ -86,4 +86,4 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   store_rows<kD>(partial + size, head_dim, slot, s.slots, dvalue[0], gate, 0, head_dim);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

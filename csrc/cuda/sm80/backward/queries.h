@@ -7,7 +7,7 @@
 #include "sm80/backward/rows.h"
 #include "sm80/scores.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 template <class T, int kHeadDim>
 constexpr int kQueryGradientBytes = (2 * QueryGradientTiles<T, kHeadDim>::kRows +
@@ -106,4 +106,4 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
                  dquery[0], static_cast<float>(p.scale), 0, head_dim);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -9,7 +9,7 @@
 #include "sm80/backward/workspace.h"
 #include "sm80/scores.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 template <class T, int kHeadDim>
 constexpr int kRowsKernelBytes =
@@ -172,4 +172,4 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
                  s.bad_prefix ? gate : 1.0f, 0, head_dim);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

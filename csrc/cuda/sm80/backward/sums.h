@@ -3,7 +3,7 @@
 
 #include "sm80/backward/rows.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 constexpr int kSumThreads = 128;
 
@@ -72,4 +72,4 @@ __global__ void __launch_bounds__(32)
   }
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -9,7 +9,7 @@
 #include "sm80/tiles.h"
 #include "zero_gate_params.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 constexpr int kPrefixRowsPerBlock = 512;  // queries whose prefix gradients one block sums
 
@@ -52,4 +52,4 @@ __host__ __device__ BackwardWorkspace backward_workspace(const ZeroGateParams& p
   return BackwardWorkspace(p, kWarpsHere * 16, kWarpsHere);
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

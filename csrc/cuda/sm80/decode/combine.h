@@ -3,7 +3,7 @@
 
 #include "sm80/decode/decode.h"
 
-namespace lak {
+namespace lak::sm80 {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -89,4 +89,4 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

@@ -8,26 +8,10 @@
 // Shared memory: Q [16, D], then per warp kStages x (K [16, D], V [16, D]). The merge reuses the rings.
 #pragma once
 
+#include "sm80/decode/workspace.h"
 #include "sm80/scores.h"
 
-namespace lak {
-
-constexpr int kDecodeRows = 16, kDecodeKeys = 16;
-
-// Where the splits' partial results lie in the workspace, float32: output [tiles, splits, 16, D], then maximum and sum
-// [tiles, splits, 16] each; a tile is (sequence, kv head, 16 rows of queries and heads).
-struct DecodePartials {
-  float *output, *largest, *total;
-  int splits, row_tiles;
-
-  __host__ __device__ DecodePartials(const ZeroGateParams& p, int splits_, int row_tiles_)
-      : splits(splits_), row_tiles(row_tiles_) {
-    const int64_t rows = p.batch * p.heads_kv * row_tiles * splits * kDecodeRows;
-    output = static_cast<float*>(p.workspace);
-    largest = output + rows * p.head_dim;
-    total = largest + rows;
-  }
-};
+namespace lak::sm80 {
 
 template <class T, int kHeadDim>
 struct DecodeMemory {
@@ -188,4 +172,4 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   }
 }
 
-}  // namespace lak
+}  // namespace lak::sm80

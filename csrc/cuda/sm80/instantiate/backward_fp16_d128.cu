@@ -1,3 +1,3 @@
 #include "sm80/backward/launch.h"
 
-template int lak::launch_backward<lak::Float16, 128>(const lak::ZeroGateParams&, cudaStream_t);
+template int lak::sm80::launch_backward<lak::Float16, 128>(const lak::ZeroGateParams&, cudaStream_t);

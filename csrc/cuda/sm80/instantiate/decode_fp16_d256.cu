@@ -1,3 +1,3 @@
 #include "sm80/decode/launch.h"
 
-template int lak::launch_decode<lak::Float16, 256>(const lak::ZeroGateParams&, cudaStream_t);
+template int lak::sm80::launch_decode<lak::Float16, 256>(const lak::ZeroGateParams&, cudaStream_t);

@@ -1,3 +1,3 @@
 #include "sm80/decode/launch.h"
 
-template int lak::launch_decode<float, 64>(const lak::ZeroGateParams&, cudaStream_t);
+template int lak::sm80::launch_decode<float, 64>(const lak::ZeroGateParams&, cudaStream_t);

@@ -1,3 +1,3 @@
 #include "sm80/forward_launch.h"
 
-template int lak::launch_forward<float, 64>(const lak::ZeroGateParams&, cudaStream_t);
+template int lak::sm80::launch_forward<float, 64>(const lak::ZeroGateParams&, cudaStream_t);

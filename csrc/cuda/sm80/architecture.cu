@@ -1,0 +1,58 @@
+// The sm_80 family's entry in the C interface: compute capability 8.0 and every later one. Chooses the instantiation.
+#include "architecture.h"
+#include "sm80/backward/workspace.h"
+#include "sm80/decode/workspace.h"
+#include "sm80/kernel_table.h"
+#include "sm80/launchers.h"
+
+namespace lak::sm80 {
+namespace {
+
+// Calls work.operator()<T, padded head size>().
+template <class Work>
+auto for_instantiation(const ZeroGateParams& p, const Work& work) {
+  const auto with_type = [&]<class T>() {
+    if (p.head_dim <= 64) return work.template operator()<T, 64>();
+    if (p.head_dim <= 128) return work.template operator()<T, 128>();
+    return work.template operator()<T, 256>();
+  };
+  switch (p.dtype) {
+    case DataType::kBFloat16: return with_type.template operator()<BFloat16>();
+    case DataType::kFloat16: return with_type.template operator()<Float16>();
+    default: return with_type.template operator()<float>();
+  }
+}
+
+int forward(const ZeroGateParams& p, cudaStream_t stream) {
+  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_forward<T, kHeadDim>(p, stream); });
+}
+
+int backward(const ZeroGateParams& p, cudaStream_t stream) {
+  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_backward<T, kHeadDim>(p, stream); });
+}
+
+int decode(const ZeroGateParams& p, cudaStream_t stream) {
+  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_decode<T, kHeadDim>(p, stream); });
+}
+
+int64_t backward_bytes(const ZeroGateParams& p) {
+  return for_instantiation(p, [&]<class T, int kHeadDim>() { return backward_workspace<T, kHeadDim>(p).bytes; });
+}
+
+int64_t decode_bytes(const ZeroGateParams& p) {
+  const DecodeSplits grid(p);
+  return DecodePartials(p, grid.splits, grid.row_tiles).bytes;
+}
+
+__global__ void probe_kernel() {}
+
+int probe() {
+  cudaFuncAttributes attributes;
+  return code_of(cudaFuncGetAttributes(&attributes, probe_kernel));
+}
+
+}  // namespace
+
+const Architecture kArchitecture{80, forward, backward, decode, backward_bytes, decode_bytes, probe, list_kernels};
+
+}  // namespace lak::sm80
