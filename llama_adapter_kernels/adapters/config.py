@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 from llama_adapter_kernels.adapters.v2 import Tuning
 
+_CHOICES = {"gate": ("tanh", "identity"), "gate_shape": ("head", "scalar"), "prefix_rows": ("own", "legacy")}
+_LARGEST = 1 << 24  # more prompts or layers than any model has: a number beyond it is no number of them
+
+
+def is_count(value: object, at_least: int = 1) -> bool:
+    """`value` is a whole number (no bool, no float) that counts something."""
+    return type(value) is int and at_least <= value <= _LARGEST
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -33,20 +41,24 @@ class AdapterConfig:
     prefix_rows: str = "own"
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.tuning, dict):  # as a saved configuration has it
             object.__setattr__(self, "tuning", Tuning(**self.tuning))
-        if self.prefix_length < (0 if self.tuning is not None else 1):
-            raise ValueError(f"prefix_length: expected at least 1 (0 with tuning), got {self.prefix_length}")
-        if self.prefix_rows not in ("own", "legacy"):
-            raise ValueError(f"prefix_rows: expected own or legacy, got {self.prefix_rows!r}")
+        if self.tuning is not None and not isinstance(self.tuning, Tuning):
+            raise ValueError(f"tuning: expected a Tuning or none, got {self.tuning!r}")
+        if not is_count(self.prefix_length, at_least=0 if self.tuning is not None else 1):
+            expected = "a whole number from 1, or 0 with tuning"
+            raise ValueError(f"prefix_length: expected {expected}, got {self.prefix_length!r}")
+        if self.num_layers is not None and not is_count(self.num_layers):
+            raise ValueError(f"num_layers: expected a whole number from 1 or none, got {self.num_layers!r}")
+        if self.layers is not None:
+            if not isinstance(self.layers, tuple | list | range) or not all(is_count(n, 0) for n in self.layers):
+                raise ValueError(f"layers: expected numbers of layers from 0, got {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(self.layers))
         if self.num_layers is not None and self.layers is not None:
             raise ValueError("num_layers, layers: expected one of them, got both")
-        if self.gate not in ("tanh", "identity"):
-            raise ValueError(f"gate: expected tanh or identity, got {self.gate!r}")
-        if self.gate_shape not in ("head", "scalar"):
-            raise ValueError(f"gate_shape: expected head or scalar, got {self.gate_shape!r}")
+        for name, values in _CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)!r}")
 
     def layer_numbers(self, total: int) -> tuple[int, ...]:
         """The adapted layers of a model with `total` layers, in order.

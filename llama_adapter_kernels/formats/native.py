@@ -1,4 +1,8 @@
-"""This package's own format: a folder with adapter.safetensors (prompts and gates) and adapter_config.json."""
+"""This package's own format: a folder with zero_gate_adapter.json and adapter.safetensors.
+
+Prompts and gates, and what the adapter tunes in the model, are in adapter.safetensors; what came with an adapter of another
+project and has no place in it, such as the projections of an image model, is in leftover.safetensors.
+"""
 
 import json
 import os
@@ -7,10 +11,19 @@ from pathlib import Path
 
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.state import AdapterState
+from llama_adapter_kernels.formats.checking import check_state
+from llama_adapter_kernels.formats.files import clip, read_json, read_safetensors, write_whole
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "zero_gate_adapter.json"  # not adapter_config.json: that name makes other libraries take it for PEFT's
 WEIGHTS_FILE = "adapter.safetensors"
+LEFTOVER_FILE = "leftover.safetensors"
 FORMAT_VERSION = 1
+_KEYS = {"format_version", "base_model", "adapter"}
+
+
+def is_native(path: Path) -> bool:
+    """The folder `path` is one of this format."""
+    return path.is_dir() and (path / CONFIG_FILE).is_file()
 
 
 def write(path: str | os.PathLike[str], state: AdapterState) -> None:
@@ -26,51 +39,45 @@ def write(path: str | os.PathLike[str], state: AdapterState) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format_version": FORMAT_VERSION, "base_model": state.base, "adapter": asdict(state.config)}
-    _write_whole(folder / WEIGHTS_FILE, save(state.tensors, {"format": "pt"}))
-    _write_whole(folder / CONFIG_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+    if state.leftover:
+        write_whole(folder / LEFTOVER_FILE, save(state.leftover, {"format": "pt"}))
+    else:
+        (folder / LEFTOVER_FILE).unlink(missing_ok=True)
+    write_whole(folder / WEIGHTS_FILE, save(state.tensors, {"format": "pt"}))
+    write_whole(folder / CONFIG_FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def read(path: str | os.PathLike[str]) -> AdapterState:
-    """The adapter saved in the folder `path`. Nothing is unpickled.
+    """The adapter saved in the folder `path`. Nothing is unpickled, and nothing is larger in memory than it is on disk.
 
     Raises:
         OSError: there are no such files.
         ValueError: the files are not those of an adapter saved by this package; the message names the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    state = _read_config(Path(path) / CONFIG_FILE)
-    file = Path(path) / WEIGHTS_FILE
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        state.tensors.update(load_file(file))
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file ({error})") from error
+    folder = Path(path)
+    state = _read_config(folder / CONFIG_FILE)
+    for name, tensors in ((WEIGHTS_FILE, state.tensors), (LEFTOVER_FILE, state.leftover)):
+        file = folder / name
+        if file.exists():
+            tensors.update(read_safetensors(file))
+        elif name == WEIGHTS_FILE:
+            raise FileNotFoundError(f"{file}: no such file")
+    check_state(state, str(folder / WEIGHTS_FILE))
     return state
 
 
 def _read_config(file: Path) -> AdapterState:
+    expected = f"{file}: expected the configuration of an adapter saved by this package"
+    facts = read_json(file)
+    version = facts.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{expected}; expected format_version {FORMAT_VERSION}, got {clip(repr(version))}")
+    if facts.keys() != _KEYS:
+        raise ValueError(f"{expected} with {', '.join(sorted(_KEYS))}; got {clip(', '.join(sorted(facts)))}")
+    adapter, base = facts["adapter"], facts["base_model"]
+    if not isinstance(adapter, dict) or not isinstance(base, dict):
+        raise ValueError(f"{expected}; expected objects as adapter and base_model")
     try:
-        facts = json.loads(file.read_text())
-        version = facts["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"expected format_version {FORMAT_VERSION}, got {version}")
-        return AdapterState(AdapterConfig(**facts["adapter"]), dict(facts["base_model"]))
-    except (KeyError, TypeError, ValueError) as error:  # a JSONDecodeError or a field out of range is a ValueError
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file}: expected the configuration of an adapter saved by this package ({what})") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        return AdapterState(AdapterConfig(**adapter), base)
+    except (TypeError, ValueError) as error:  # a TypeError is a field that there is not
+        raise ValueError(f"{expected} ({clip(error)})") from error

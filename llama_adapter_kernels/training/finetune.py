@@ -52,7 +52,7 @@ def finetune(
 ) -> Outcome:
     """Fine-tunes an adapter for `model` (a folder or a hub name) on the rows in `data` and saves it in `output`.
 
-    `output` receives adapter_config.json and the weights, checkpoint-*/ (adapter and optimizer), run.json (settings),
+    `output` receives zero_gate_adapter.json and the weights, checkpoint-*/ (adapter and optimizer), run.json (settings),
     training_log.csv and tensorboard/. Under torchrun the processes share every step.
 
     Raises:

@@ -213,17 +213,17 @@ def test_wrong_files_and_models_are_named(tmp_path: Path) -> None:
     adapter.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model with model_type llama.*this model has model_type qwen2"):
         lak.load_adapter(build("qwen2"), tmp_path)
-    facts = json.loads((tmp_path / "adapter_config.json").read_text())
+    facts = json.loads((tmp_path / "zero_gate_adapter.json").read_text())
     facts["adapter"]["prefix_length"] = 5
-    (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+    (tmp_path / "zero_gate_adapter.json").write_text(json.dumps(facts))
     model = build()
     with pytest.raises(ValueError, match=r"prompt: expected shape \[5, 48\], got \[4, 48\]"):
         lak.load_adapter(model, tmp_path)
     lak.attach_adapter(model, lak.AdapterConfig())  # the failed load left nothing behind
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "zero_gate_adapter.json").write_text("{}")
     with pytest.raises(ValueError, match="expected the configuration of an adapter"):
         lak.load_adapter(build(), tmp_path)
-    with pytest.raises(OSError, match=r"adapter_config\.json"):
+    with pytest.raises(OSError, match=r"zero_gate_adapter\.json"):
         lak.load_adapter(build(), tmp_path / "nowhere")
 
 
