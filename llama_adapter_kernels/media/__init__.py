@@ -1,0 +1,1 @@
+"""Images and sound: files as users have them, frozen encoders, and features cached on disk."""
