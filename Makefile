@@ -25,6 +25,7 @@ $(VENV)/environment.stamp: constraints.txt
 	$(PIP) pip setuptools wheel
 	$(PIP) torch numpy
 	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2 \
+	    pillow soundfile soxr scikit-learn \
 	    sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
 	touch $@
 
