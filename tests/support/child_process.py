@@ -21,7 +21,7 @@ def _prepare_child(environment: dict[str, str]) -> None:
         raise RuntimeError("Triton was imported before its mode was set")
     torch.set_num_threads(1)
     if environment.get("TRITON_INTERPRET") == "1":
-        import interpreter_speed
+        from tests.support import interpreter_speed
 
         interpreter_speed.patch_language_once()
 
