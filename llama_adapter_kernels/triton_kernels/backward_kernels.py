@@ -26,8 +26,10 @@ from llama_adapter_kernels.triton_kernels.tiles import (
     locate,
     loop_bound,
     offset,
+    score_gradient,
     store_tile,
     tile_offsets,
+    word_probabilities,
 )
 
 VARYING = (
@@ -60,29 +62,30 @@ def sweep_queries(
         row_valid = (rows >= 0) & (rows < queries)
         query_now = query_tile + offset(head, query_stride_head, ALIGNMENT) + offset(start, query_stride, ALIGNMENT)
         query = load_tile(query_now, row_valid, HEAD_DIM, BLOCK_D, CHECK)
-        scores = dot(key, tl.trans(query)) * scale_log2
+        scores = dot(key, tl.trans(query))
         statistics = head.to(tl.int64) * statistics_stride_head + rows
         if CHECK:
             row_logsumexp = tl.load(logsumexp_base + statistics, mask=row_valid, other=0.0)
             row_delta = tl.load(delta_base + statistics, mask=row_valid, other=0.0)
             row_logsumexp = tl.where(row_logsumexp == float("-inf"), 0.0, row_logsumexp)
-            visible = column_valid[:, None] & row_valid[None, :]
-            if MASK != MASK_NONE:
-                pointers = mask_base + offset(head, mask_stride_head, 1) + offset(rows, mask_stride_query, 1)[None, :]
-                pointers += offset(columns, mask_stride_key, 1)[:, None]
-                scores = apply_mask(scores, pointers, visible, MASK)
-            if CAUSAL:
-                visible = visible & (columns[:, None] <= rows[None, :] + diagonal)
-            scores = tl.where(visible, scores, float("-inf"))
         else:
             row_logsumexp = tl.load(logsumexp_base + statistics)
             row_delta = tl.load(delta_base + statistics)
-        probabilities = tl.exp2(scores - (row_logsumexp * LOG2E)[None, :])
+        visible = column_valid[:, None] & row_valid[None, :]
+        if MASK != MASK_NONE:
+            pointers = mask_base + offset(head, mask_stride_head, 1) + offset(rows, mask_stride_query, 1)[None, :]
+            pointers += offset(columns, mask_stride_key, 1)[:, None]
+            scores = apply_mask(scores * scale_log2, pointers, visible, MASK)
+        probabilities = word_probabilities(scores, scale_log2, (row_logsumexp * LOG2E)[None, :], MASK != MASK_NONE)
+        if CHECK:
+            if CAUSAL:
+                visible = visible & (columns[:, None] <= rows[None, :] + diagonal)
+            probabilities = tl.where(visible, probabilities, 0.0)
         doutput_now = doutput_tile + offset(head, doutput_stride_head, ALIGNMENT)
         doutput_now += offset(start, doutput_stride, ALIGNMENT)
         doutput = load_tile(doutput_now, row_valid, HEAD_DIM, BLOCK_D, CHECK)
         dvalue = dot_add(probabilities.to(doutput.dtype), doutput, dvalue)
-        dscores = probabilities * (dot(value, tl.trans(doutput)) - row_delta[None, :])
+        dscores = score_gradient(probabilities, dot(value, tl.trans(doutput)), row_delta[None, :], CHECK)
         dkey = dot_add(dscores.to(query.dtype), query, dkey)
         start += BLOCK_M
         last_of_head = start >= start_end
@@ -132,6 +135,8 @@ def key_gradient_kernel(
     blocks = tl.where((column_first < end) & (column_first + BLOCK_N > begin), blocks, 0)
     start_first = queries - blocks * BLOCK_M
     checked = tl.minimum(tl.cdiv(tl.maximum(row_whole - start_first, 0), BLOCK_M), blocks)
+    # Rows of few keys are marked, and only checked blocks look for marks: see FEW_KEYS.
+    checked = tl.where((column_first < begin) | (column_first + BLOCK_N > end), blocks, checked)
     if MASK != MASK_NONE:
         checked = blocks
 
@@ -194,14 +199,14 @@ def sweep_keys(
         there = columns < last
         key = load_tile(key_tile + offset(start, key_stride, ALIGNMENT), there, HEAD_DIM, BLOCK_D, CHECK)
         value = load_tile(value_tile + offset(start, value_stride, ALIGNMENT), there, HEAD_DIM, BLOCK_D, CHECK)
-        scores = dot(query, tl.trans(key)) * scale_log2
+        scores = dot(query, tl.trans(key))
+        if MASK != MASK_NONE:
+            pointers = mask_rows[:, None] + offset(columns, mask_stride_key, 1)[None, :]
+            scores = apply_mask(scores * scale_log2, pointers, row_valid[:, None] & there[None, :], MASK)
+        probabilities = word_probabilities(scores, scale_log2, row_logsumexp[:, None], MASK != MASK_NONE)
         if CHECK:
-            if MASK != MASK_NONE:
-                pointers = mask_rows[:, None] + offset(columns, mask_stride_key, 1)[None, :]
-                scores = apply_mask(scores, pointers, row_valid[:, None] & there[None, :], MASK)
-            scores = tl.where(columns[None, :] < row_limit[:, None], scores, float("-inf"))
-        probabilities = tl.exp2(scores - row_logsumexp[:, None])
-        dscores = probabilities * (dot(doutput, tl.trans(value)) - row_delta[:, None])
+            probabilities = tl.where(columns[None, :] < row_limit[:, None], probabilities, 0.0)
+        dscores = score_gradient(probabilities, dot(doutput, tl.trans(value)), row_delta[:, None], CHECK)
         dquery = dot_add(dscores.to(key.dtype), key, dquery)
     return dquery
 
@@ -298,9 +303,9 @@ def query_gradient_kernel(
                 prefix_value_base + tile_offsets(slot, prefix_value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
                 slot < slots, HEAD_DIM, BLOCK_D, True,
             )  # fmt: skip
-            scores = tl.where((slot < slots)[None, :], dot(q, tl.trans(prefix_k)) * scale_log2, float("-inf"))
-            probabilities = tl.exp2(scores - row_logsumexp[:, None])
-            dscores = gate_value * probabilities * (dot(do, tl.trans(prefix_v)) - row_delta[:, None])
+            probabilities = word_probabilities(dot(q, tl.trans(prefix_k)), scale_log2, row_logsumexp[:, None], False)
+            probabilities = tl.where((slot < slots)[None, :], probabilities, 0.0)
+            dscores = gate_value * score_gradient(probabilities, dot(do, tl.trans(prefix_v)), row_delta[:, None], True)
             dq = dot_add(dscores.to(prefix_k.dtype), prefix_k, dq)
 
     dquery_base = dquery + offset(b, dquery_strides[0], ALIGNMENT) + offset(head, dquery_strides[1], ALIGNMENT)

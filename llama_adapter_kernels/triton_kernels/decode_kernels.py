@@ -44,7 +44,7 @@ def split_kernel(
     gate_stride_prefix, gate_stride_head,
     heads_kv, group, seq_q, seq_k, splits, prefix_count, prefix_length, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, CHECK_ALL: tl.constexpr,
+    BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, ELEMENTWISE: tl.constexpr,
     COMBINE: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Rows are (head of the group, query). COMBINE: writes partial [B, Hq, Sq, splits, D] and base-2 log-sum-exp."""
@@ -82,21 +82,21 @@ def split_kernel(
         whole = tl.minimum(last, end - seq_q + 1)
     blocks = tl.cdiv(tl.maximum(last - first, 0), BLOCK_N)
     whole_blocks = tl.maximum(whole - first, 0) // BLOCK_N
-    if CHECK_ALL:
+    if ELEMENTWISE:
         whole_blocks = blocks * 0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if not CHECK_ALL:
+    if not ELEMENTWISE:
         acc, row_sum, row_max = attend(
             acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
             first, whole_blocks, last, row_limit, row_valid, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, False, MASK_NONE, ALIGNMENT,
+            BLOCK_N, HEAD_DIM, BLOCK_D, False, False, MASK_NONE, ALIGNMENT,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
         first + whole_blocks * BLOCK_N, blocks - whole_blocks, last, row_limit, row_valid, scale_log2,
-        BLOCK_N, HEAD_DIM, BLOCK_D, True, MASK_NONE, ALIGNMENT,
+        BLOCK_N, HEAD_DIM, BLOCK_D, True, ELEMENTWISE, MASK_NONE, ALIGNMENT,
     )  # fmt: skip
     acc, row_logsumexp = normalise(acc, row_sum, row_max)
 

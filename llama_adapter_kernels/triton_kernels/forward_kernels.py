@@ -39,7 +39,7 @@ VARYING = (
 
 
 @triton.jit
-def visible_blocks(row_first, row_last, queries, begin, end, CAUSAL: tl.constexpr, CHECK_ALL: tl.constexpr,
+def visible_blocks(row_first, row_last, queries, begin, end, CAUSAL: tl.constexpr, ELEMENTWISE: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """(blocks that rows row_first..row_last-1 all see whole, all blocks that any of them sees, end of the last)."""
     last = end
@@ -50,7 +50,7 @@ def visible_blocks(row_first, row_last, queries, begin, end, CAUSAL: tl.constexp
         whole = tl.minimum(end, row_first + 1 + diagonal)
     blocks = tl.cdiv(tl.maximum(last - begin, 0), BLOCK_N)
     whole_blocks = tl.maximum(whole - begin, 0) // BLOCK_N
-    if CHECK_ALL:
+    if ELEMENTWISE:
         whole_blocks = blocks * 0
     return whole_blocks, blocks, last
 
@@ -63,10 +63,10 @@ def forward_kernel(
     gate_stride_prefix, gate_stride_head, mask_stride_batch, mask_stride_head, mask_stride_query, mask_stride_key,
     heads_q, group, seq_q, seq_k, total_q, total_k, prefix_count, prefix_length, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, CHECK_ALL: tl.constexpr,
+    BLOCK_P: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, ELEMENTWISE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """CHECK_ALL: no block may skip the tests (a mask, or a scale that is not positive)."""
+    """ELEMENTWISE: no block may skip the tests (a mask, or a scale that is not positive), see `attend`."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(seq_q, BLOCK_M)
     # Causal: the last rows see most keys, so they start first and the short ones fill the gaps at the end.
@@ -127,17 +127,17 @@ def forward_kernel(
     if CAUSAL:
         row_limit = tl.minimum(end, rows + (end - queries) + 1)
     row_last = tl.minimum(row_first + BLOCK_M, queries)
-    whole, blocks, last = visible_blocks(row_first, row_last, queries, begin, end, CAUSAL, CHECK_ALL, BLOCK_N)
-    if not CHECK_ALL:
+    whole, blocks, last = visible_blocks(row_first, row_last, queries, begin, end, CAUSAL, ELEMENTWISE, BLOCK_N)
+    if not ELEMENTWISE:
         acc, row_sum, row_max = attend(
             acc, row_sum, row_max, q, key_tile, value_tile, mask_rows, key_strides[2], value_strides[2],
             mask_stride_key, begin, whole, last, row_limit, row_valid, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, False, MASK_NONE, ALIGNMENT,
+            BLOCK_N, HEAD_DIM, BLOCK_D, False, False, MASK_NONE, ALIGNMENT,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q, key_tile, value_tile, mask_rows, key_strides[2], value_strides[2],
         mask_stride_key, begin + whole * BLOCK_N, blocks - whole, last, row_limit, row_valid, scale_log2,
-        BLOCK_N, HEAD_DIM, BLOCK_D, True, MASK, ALIGNMENT,
+        BLOCK_N, HEAD_DIM, BLOCK_D, True, ELEMENTWISE, MASK, ALIGNMENT,
     )  # fmt: skip
 
     acc, row_logsumexp = normalise(acc, row_sum, row_max)

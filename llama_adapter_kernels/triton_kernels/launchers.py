@@ -100,7 +100,7 @@ def forward(
         size.heads_q, size.group, size.seq_q, size.seq_k, size.total_q, size.total_k, prefix_count, prefix_length,
         log2_scale(scale),
         HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_P=block_p,
-        PREFIX=prefix_kind, CAUSAL=is_causal, MASK=mask.kind, CHECK_ALL=attn_mask is not None or scale <= 0,
+        PREFIX=prefix_kind, CAUSAL=is_causal, MASK=mask.kind, ELEMENTWISE=attn_mask is not None or scale <= 0,
         ALIGNMENT=alignment(q, k, v, kp, vp, output),
     )  # fmt: skip
     _clear_tail(output, cu_seqlens_q)
@@ -158,15 +158,18 @@ def backward(
     row_blocks = -(-size.seq_q // tile.block_m)
     delta, prefix_logsumexp, prefix_delta = (torch.empty_like(logsumexp) for _ in range(3))
     dgate_partial = torch.empty(size.batch, size.heads_q, row_blocks, dtype=torch.float32, device=device)
-    prefix_arguments = (*gate_strides(gate), size.heads_q, size.group, size.seq_q, size.total_q, prefix_count,
-                        prefix_length)  # fmt: skip
     if need_words or need_dprefix:
         run(
             statistics_kernel, (row_blocks * size.heads_q * size.batch,), device, tile,
-            q, do, o, kp, vp, gate, prefix_index, cu_seqlens_q, delta, prefix_logsumexp, prefix_delta, dgate_partial,
-            strides(q), strides(do), strides(o), strides(kp), strides(vp), *prefix_arguments, scale_log2,
-            **common, BLOCK_M=tile.block_m, BLOCK_P=block_p, HAS_PREFIX=has_prefix, NEED_DELTA=need_words,
-            ALIGNMENT=alignment(q, do, o, kp, vp),
+            q, k, v, do, o, logsumexp, kp, vp, gate, mask.tensor, key_start, key_end, prefix_index, cu_seqlens_q,
+            cu_seqlens_k, delta, prefix_logsumexp, prefix_delta, dgate_partial,
+            strides(q), strides(k), strides(v), strides(do), strides(o), strides(kp), strides(vp),
+            *gate_strides(gate), *mask.strides,
+            size.heads_q, size.group, size.seq_q, size.seq_k, size.total_q, size.total_k, prefix_count, prefix_length,
+            scale_log2,
+            **common, BLOCK_M=tile.block_m, BLOCK_N=16 if attn_mask is None else 32, BLOCK_P=block_p,
+            HAS_PREFIX=has_prefix, NEED_DELTA=need_words, CAUSAL=is_causal, MASK=mask.kind,
+            ALIGNMENT=alignment(q, k, v, do, o, kp, vp),
         )  # fmt: skip
     if need_dprefix and kp is not None and vp is not None and gate is not None:
         dgate = torch.zeros(prefix_count, size.heads_q, dtype=torch.float32, device=device)
@@ -181,7 +184,8 @@ def backward(
             run(
                 prefix_gradient_kernel, (programs * splits,), device, tile,
                 q, do, kp, vp, gate, prefix_index, cu_seqlens_q, prefix_logsumexp, prefix_delta, partial,
-                strides(q), strides(do), strides(kp), strides(vp), *prefix_arguments, splits, scale, scale_log2,
+                strides(q), strides(do), strides(kp), strides(vp), *gate_strides(gate), size.heads_q, size.group,
+                size.seq_q, size.total_q, prefix_count, prefix_length, splits, scale, scale_log2,
                 **common, BLOCK_M=tile.block_m, BLOCK_P=block_p, ALIGNMENT=alignment(q, do, kp, vp),
             )  # fmt: skip
             # Per key/value head: splits * group partial sums that lie one after the other.
@@ -262,7 +266,7 @@ def decode(
         strides(q), strides(k), strides(v), strides(kp), strides(vp), strides(output), *gate_strides(gate),
         size.heads_kv, size.group, size.seq_q, size.seq_k, splits, *prefix_arguments,
         HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_P=block_p,
-        PREFIX=prefix_kind, CAUSAL=is_causal, CHECK_ALL=scale <= 0, COMBINE=combine, ALIGNMENT=packed,
+        PREFIX=prefix_kind, CAUSAL=is_causal, ELEMENTWISE=scale <= 0, COMBINE=combine, ALIGNMENT=packed,
     )  # fmt: skip
     if combine:
         run(

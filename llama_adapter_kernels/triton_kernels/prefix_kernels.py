@@ -6,40 +6,45 @@
 
 A frozen lowest layer asks for nothing else, and then only these kernels run. Sums over rows, heads of a group and
 sequences go through partial sums that are added in a fixed order: gradients are deterministic.
+
+O is saved rounded. Where a row sees few keys dP - D_w cancels and the rounding of O would be all that is left, and where
+O has overflowed nothing is left at all. Such rows take D_w = sum(P * dP) from the keys themselves.
 """
 
 import triton
 import triton.language as tl
 
 from llama_adapter_kernels.triton_kernels.tiles import (
+    LOG2E,
+    MASK_NONE,
+    apply_mask,
     choose_prefix,
     dot,
     dot_add,
     load_gate,
     load_tile,
+    locate_keys,
+    locate_queries,
     loop_bound,
+    mark_delta,
     offset,
-    packed_rows,
     prefix_scores,
+    score_gradient,
     store_tile,
     tile_offsets,
+    valid_keys,
+    word_probabilities,
 )
 
+# A row with fewer visible keys takes D_w from them, and may be marked as without a gradient. No block of keys is smaller,
+# so that a block all of whose keys are seen holds no marked row.
+FEW_KEYS = tl.constexpr(16)
+
 VARYING = (
-    "gate_stride_prefix", "gate_stride_head", "heads_q", "group", "seq_q", "total_q", "prefix_count", "prefix_length",
+    "gate_stride_prefix", "gate_stride_head", "mask_stride_batch", "mask_stride_head", "mask_stride_query",
+    "mask_stride_key", "heads_q", "group", "seq_q", "seq_k", "total_q", "total_k", "prefix_count", "prefix_length",
     "splits",
 )  # fmt: skip
-
-
-@triton.jit
-def locate_queries(b, cu_seqlens_q, seq_q, total_q):
-    """(first row, rows) of sequence b."""
-    if cu_seqlens_q is not None:
-        first, queries = packed_rows(b, cu_seqlens_q, total_q, seq_q)
-    else:
-        first = b * 0
-        queries = seq_q + 0
-    return first, queries
 
 
 @triton.jit
@@ -51,16 +56,54 @@ def statistics_base(statistics, b, head, first, cu_seqlens_q, heads_q, total_q):
     return base
 
 
+@triton.jit
+def delta_of_keys(
+    query, doutput, key_tile, value_tile, mask_rows, key_stride, value_stride, mask_stride_key, row_logsumexp, row_limit,
+    row_valid, begin, blocks, last, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """D_w = sum(P * dP) / sum(P) over `blocks` blocks of keys from `begin`, see `attend`; row_logsumexp: base 2, finite.
+
+    Also whether at most one probability is not zero: that one is 1, and the scores have no gradient.
+    """
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    count = tl.zeros([BLOCK_M], tl.int32)
+    for block in tl.range(0, loop_bound(blocks)):
+        start = begin + block * BLOCK_N
+        columns = start + tl.arange(0, BLOCK_N)
+        there = columns < last
+        key = load_tile(key_tile + offset(start, key_stride, ALIGNMENT), there, HEAD_DIM, BLOCK_D, True)
+        value = load_tile(value_tile + offset(start, value_stride, ALIGNMENT), there, HEAD_DIM, BLOCK_D, True)
+        scores = dot(query, tl.trans(key))
+        if MASK != MASK_NONE:
+            pointers = mask_rows[:, None] + offset(columns, mask_stride_key, 1)[None, :]
+            scores = apply_mask(scores * scale_log2, pointers, row_valid[:, None] & there[None, :], MASK)
+        probabilities = word_probabilities(scores, scale_log2, row_logsumexp[:, None], MASK != MASK_NONE)
+        probabilities = tl.where(columns[None, :] < row_limit[:, None], probabilities, 0.0)
+        total += tl.sum(probabilities, 1)
+        weighted += tl.sum(probabilities * dot(doutput, tl.trans(value)), 1)
+        count += tl.sum((probabilities > 0.0).to(tl.int32), 1)
+    return weighted / tl.where(total == 0.0, 1.0, total), count <= 1
+
+
 @triton.jit(do_not_specialize=VARYING)
 def statistics_kernel(
-    query, doutput, output, prefix_key, prefix_value, gate, prefix_index, cu_seqlens_q,
-    delta, prefix_logsumexp, prefix_delta, dgate_partial,
-    query_strides, doutput_strides, output_strides, prefix_key_strides, prefix_value_strides,
-    gate_stride_prefix, gate_stride_head, heads_q, group, seq_q, total_q, prefix_count, prefix_length, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, NEED_DELTA: tl.constexpr, ALIGNMENT: tl.constexpr,
+    query, key, value, doutput, output, logsumexp, prefix_key, prefix_value, gate, mask, key_start, key_end,
+    prefix_index, cu_seqlens_q, cu_seqlens_k, delta, prefix_logsumexp, prefix_delta, dgate_partial,
+    query_strides, key_strides, value_strides, doutput_strides, output_strides, prefix_key_strides,
+    prefix_value_strides,
+    gate_stride_prefix, gate_stride_head, mask_stride_batch, mask_stride_head, mask_stride_query, mask_stride_key,
+    heads_q, group, seq_q, seq_k, total_q, total_k, prefix_count, prefix_length, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, NEED_DELTA: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Per row: delta = D_w, the prefix's log-sum-exp (base 2) and D_p; per block of rows: the sum of D_p."""
+    """Per row: delta = D_w, the prefix's log-sum-exp (base 2) and D_p; per block of rows: the sum of D_p.
+
+    Both D are +inf where the scores have no gradient, see `delta_of_keys` and `score_gradient`.
+    """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(seq_q, BLOCK_M)
     block = program % row_blocks
@@ -121,10 +164,49 @@ def statistics_kernel(
         logsumexp_base = statistics_base(prefix_logsumexp, b, head, query_first, cu_seqlens_q, heads_q, total_q)
         tl.store(logsumexp_base + rows, row_prefix_logsumexp, mask=row_valid)
         delta_base = statistics_base(prefix_delta, b, head, query_first, cu_seqlens_q, heads_q, total_q)
-        tl.store(delta_base + rows, row_prefix_delta, mask=row_valid)
+        tl.store(delta_base + rows, mark_delta(row_prefix_delta, slots == 1), mask=row_valid)
         in_block = tl.sum(tl.where(row_valid, row_prefix_delta, 0.0), 0)
         tl.store(dgate_partial + (b.to(tl.int64) * heads_q + head) * row_blocks + block, in_block)
     if NEED_DELTA:
+        key_first, keys = locate_keys(b, cu_seqlens_k, seq_k, total_k)
+        begin, end = valid_keys(b, key_start, key_end, keys)
+        row_limit = tl.zeros([BLOCK_M], tl.int32) + end
+        if CAUSAL:
+            row_limit = tl.minimum(end, rows + (end - queries) + 1)
+        infinite = (tl.abs(row_delta) < float("inf")) == 0  # or NaN
+        few = row_valid & (row_limit - begin < FEW_KEYS)
+        if MASK != MASK_NONE:  # who knows how many keys the mask leaves
+            few = row_valid
+        from_keys = few | (row_valid & infinite)
+        last = tl.max(tl.where(from_keys, row_limit, begin), 0)
+        if last > begin:
+            q = load_tile(
+                query + offset(b, query_strides[0], ALIGNMENT) + offset(head, query_strides[1], ALIGNMENT)
+                + tile_offsets(query_first + rows, query_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
+                row_valid, HEAD_DIM, BLOCK_D, True,
+            )  # fmt: skip
+            column = tl.arange(0, BLOCK_N)
+            key_tile = (
+                key + offset(b, key_strides[0], ALIGNMENT) + offset(head // group, key_strides[1], ALIGNMENT)
+                + tile_offsets(key_first + column, key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+            )  # fmt: skip
+            value_tile = (
+                value + offset(b, value_strides[0], ALIGNMENT) + offset(head // group, value_strides[1], ALIGNMENT)
+                + tile_offsets(key_first + column, value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
+            )  # fmt: skip
+            mask_rows = rows
+            if MASK != MASK_NONE:
+                mask_base = mask + offset(b, mask_stride_batch, 1) + offset(head, mask_stride_head, 1)
+                mask_rows = mask_base + offset(rows, mask_stride_query, 1)
+            base = statistics_base(logsumexp, b, head, query_first, cu_seqlens_q, heads_q, total_q)
+            row_logsumexp = tl.load(base + rows, mask=row_valid, other=0.0) * LOG2E
+            row_logsumexp = tl.where(row_logsumexp == float("-inf"), 0.0, row_logsumexp)
+            exact, one_key = delta_of_keys(
+                q, do, key_tile, value_tile, mask_rows, key_strides[2], value_strides[2], mask_stride_key,
+                row_logsumexp, row_limit, row_valid, begin, tl.cdiv(last - begin, BLOCK_N), last, scale_log2,
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, MASK, ALIGNMENT,
+            )  # fmt: skip
+            row_delta = tl.where(from_keys, mark_delta(exact, few & one_key), row_delta)
         base = statistics_base(delta, b, head, query_first, cu_seqlens_q, heads_q, total_q)
         tl.store(base + rows, row_delta, mask=row_valid)
 
@@ -187,12 +269,12 @@ def prefix_gradient_kernel(
         row_logsumexp = tl.load(logsumexp_base + rows, mask=row_valid, other=float("inf"))
         row_delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
         # Slots beyond P give rows of their own here, which are not stored.
-        probabilities = tl.exp2(dot(prefix_k, tl.trans(q)) * scale_log2 - row_logsumexp[None, :])
+        probabilities = word_probabilities(dot(prefix_k, tl.trans(q)), scale_log2, row_logsumexp[None, :], False)
         # All slots are here, as a rule: their sum takes out what rounding of a large log-sum-exp did to all of them alike.
         total = tl.sum(tl.where((slot < slots)[:, None], probabilities, 0.0), 0)
         probabilities /= tl.where((prefix_length <= BLOCK_P) & (total > 0.0), total, 1.0)[None, :]
         dprefix_v = dot_add(probabilities.to(do.dtype), do, dprefix_v)
-        dscores = probabilities * (dot(prefix_v, tl.trans(do)) - row_delta[None, :])
+        dscores = score_gradient(probabilities, dot(prefix_v, tl.trans(do)), row_delta[None, :], True)
         dprefix_k = dot_add(dscores.to(q.dtype), q, dprefix_k)
 
     tile = slot.to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]

@@ -104,16 +104,30 @@ def valid_keys(b, key_start, key_end, keys):
 
 
 @triton.jit
+def locate_queries(b, cu_seqlens_q, seq_q, total_q):
+    """(first row, rows) of sequence b."""
+    first = b * 0
+    queries = seq_q + 0
+    if cu_seqlens_q is not None:
+        first, queries = packed_rows(b, cu_seqlens_q, total_q, seq_q)
+    return first, queries
+
+
+@triton.jit
+def locate_keys(b, cu_seqlens_k, seq_k, total_k):
+    """(first key row, keys in memory) of sequence b."""
+    first = b * 0
+    keys = seq_k + 0
+    if cu_seqlens_k is not None:
+        first, keys = packed_rows(b, cu_seqlens_k, total_k, seq_k)
+    return first, keys
+
+
+@triton.jit
 def locate(b, key_start, key_end, cu_seqlens_q, cu_seqlens_k, seq_q, seq_k, total_q, total_k):
     """(first query row, queries, first key row, keys in memory, begin and end of the valid keys) of sequence b."""
-    if cu_seqlens_q is not None:
-        query_first, queries = packed_rows(b, cu_seqlens_q, total_q, seq_q)
-        key_first, keys = packed_rows(b, cu_seqlens_k, total_k, seq_k)
-    else:
-        query_first = b * 0
-        queries = seq_q + 0
-        key_first = b * 0
-        keys = seq_k + 0
+    query_first, queries = locate_queries(b, cu_seqlens_q, seq_q, total_q)
+    key_first, keys = locate_keys(b, cu_seqlens_k, seq_k, total_k)
     begin, end = valid_keys(b, key_start, key_end, keys)
     return query_first, queries, key_first, keys, begin, end
 
@@ -155,14 +169,14 @@ def apply_mask(scores, pointers, valid, MASK: tl.constexpr):
 def attend(
     acc, row_sum, row_max, query, key_tile, value_tile, mask_rows, key_stride, value_stride, mask_stride_key,
     begin, blocks, last, row_limit, row_valid, scale_log2,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, MASK: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr,
+    ELEMENTWISE: tl.constexpr, MASK: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over `blocks` blocks of keys from `begin`: returns (acc, row_sum, row_max).
 
     key_tile, value_tile: [BLOCK_N, BLOCK_D] pointers to the sequence's keys 0..BLOCK_N-1. CHECK: row r sees keys below
-    row_limit[r] only, keys from `last` on are not there, and any mask applies. Otherwise every row sees every key, and
-    scale_log2 must be positive: the maximum is taken before scaling, which saves one multiplication per score.
+    row_limit[r] only, and keys from `last` on are not there; otherwise every row sees every key. The maximum is taken
+    before scaling, which saves one multiplication per score. ELEMENTWISE: a scale that is not positive, or a mask.
     """
     for block in tl.range(0, loop_bound(blocks)):
         start = begin + block * BLOCK_N
@@ -170,20 +184,21 @@ def attend(
         there = columns < last
         key = load_tile(key_tile + offset(start, key_stride, ALIGNMENT), there, HEAD_DIM, BLOCK_D, CHECK)
         scores = dot(query, tl.trans(key))
-        if CHECK:
+        if ELEMENTWISE:
             scores = scores * scale_log2
             if MASK != MASK_NONE:
                 pointers = mask_rows[:, None] + offset(columns, mask_stride_key, 1)[None, :]
                 scores = apply_mask(scores, pointers, row_valid[:, None] & there[None, :], MASK)
+        if CHECK:
             scores = tl.where(columns[None, :] < row_limit[:, None], scores, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            # A row that has seen no key yet: any finite shift gives exp2(-inf) = 0 instead of NaN.
+        largest = tl.max(scores, 1)
+        if not ELEMENTWISE:
+            largest = largest * scale_log2
+        new_max = tl.maximum(row_max, largest)
+        shift = new_max
+        if CHECK:  # a row that has seen no key yet: any finite shift gives exp2(-inf) = 0 instead of NaN
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            probabilities = tl.exp2(scores - shift[:, None])
-        else:
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-            shift = new_max
-            probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
+        probabilities = word_probabilities(scores, scale_log2, shift[:, None], ELEMENTWISE)
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(probabilities, 1)
         row_max = new_max
@@ -199,6 +214,19 @@ def normalise(acc, row_sum, row_max):
     empty = row_sum == 0.0
     acc = acc * tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, row_sum))[:, None]
     return acc, tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))
+
+
+@triton.jit
+def word_probabilities(scores, scale_log2, shift, ELEMENTWISE: tl.constexpr):
+    """exp(scale * scores - LSE), shift = LSE in base 2; ELEMENTWISE: the scores are scaled already.
+
+    A multiply-add: rounding the scaled score before the shift is taken off would cost a large one its last digits.
+    """
+    if ELEMENTWISE:
+        probabilities = tl.exp2(scores - shift)
+    else:
+        probabilities = tl.exp2(tl.fma(scores, scale_log2, -shift))
+    return probabilities
 
 
 @triton.jit
@@ -253,3 +281,19 @@ def add_prefix_loop(
         weights = tl.exp2(scores - largest[:, None]) * factor[:, None]
         acc = dot_add(weights.to(prefix_value.dtype), prefix_value, acc)
     return acc
+
+
+@triton.jit
+def score_gradient(probabilities, dprobabilities, delta, MARKED: tl.constexpr):
+    """dS = P * (dP - D). MARKED: delta may be +inf, the mark of a row whose probabilities are 0 and 1: exactly zero."""
+    dscores = probabilities * (dprobabilities - delta)
+    if MARKED:
+        dscores = tl.where(delta == float("inf"), 0.0, dscores)
+    return dscores
+
+
+@triton.jit
+def mark_delta(delta, without_gradient):
+    """delta as `score_gradient` takes it. A sum that is not finite is NaN and no mark: it must show."""
+    finite = tl.abs(delta) < float("inf")
+    return tl.where(finite, tl.where(without_gradient, float("inf"), delta), float("nan"))

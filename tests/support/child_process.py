@@ -21,9 +21,9 @@ def _prepare_child(environment: dict[str, str]) -> None:
         raise RuntimeError("Triton was imported before its mode was set")
     torch.set_num_threads(1)
     if environment.get("TRITON_INTERPRET") == "1":
-        from tests.support import interpreter_speed
+        from tests.support import interpreter
 
-        interpreter_speed.patch_language_once()
+        interpreter.prepare()
 
 
 def child_process(**environment: str) -> Iterator[RunInChild]:

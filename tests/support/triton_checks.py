@@ -57,21 +57,6 @@ def _decode(problem: Problem) -> Tensor:
     )  # fmt: skip
 
 
-def one_key_has_no_score_gradient(device: str = "cpu") -> None:
-    """With a single key the softmax is 1 and its scores have no gradient. The rule then allows no error at all, but
-    dP - D is a difference of two roundings: bounded here by those of the products that it subtracts."""
-    for seq_q in (1, 33):
-        case = Case(batch=1, heads_q=2, heads_kv=1, seq_q=seq_q, seq_k=1, is_causal=False)
-        problem = make_problem(case, torch.float32, device)
-        with poisoned_memory(device):
-            output = problem.forward("triton")
-            results = {"output": output} | {f"d{name}": g for name, g in problem.backward(output).items()}
-        rounding = 8 * torch.finfo(torch.float32).eps * case.head_dim**0.5 * seq_q
-        assert results.pop("dkey").abs().max() <= rounding
-        bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
-        assert not bad, bad
-
-
 def unused_keys_hold_nan(device: str = "cpu") -> None:
     """Keys outside of [key_start, key_end), as in a cache that is not full: nothing of them may be used."""
     case = Case(batch=2, heads_q=2, heads_kv=1, seq_q=20, seq_k=70, window="both")

@@ -18,8 +18,7 @@ CASES: list[tuple[Case, tuple[torch.dtype, ...]]] = [
       for q, k, causal in ((1, 33, True), (15, 17, False), (16, 16, True), (31, 32, True), (32, 31, True),
                            (17, 5, True), (5, 50, True), (47, 64, True), (0, 5, True), (5, 0, True))),
     # Prefix lengths around the padded tile, and one that takes several tiles.
-    # Seed: with 0 the float32 gradient of the keys at P = 1 is 7 % beyond the rule (README.md, Accuracy).
-    *((Case(**SMALL, prefix_length=p, seq_q=17, seq_k=17, seed=1), (SINGLE if p % 2 else HALF,))
+    *((Case(**SMALL, prefix_length=p, seq_q=17, seq_k=17), (SINGLE if p % 2 else HALF,))
       for p in (0, 1, 9, 10, 15, 16, 17, 33, 100)),
     # Every prefix form with every gate form.
     *((Case(batch=3, heads_q=2, heads_kv=1, seq_q=17, seq_k=17, prefix=prefix, gate=gate), (SINGLE,))
