@@ -53,6 +53,13 @@ __global__ void wait_for_copy(float* out) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + threadIdx.x * 4) + 1.0f);
 }
 
+// The copy is never waited for: it may land in the shared memory of the block that comes next.
+template <bool kCommitted>
+__global__ void abandoned_copy(float* out) {
+  ptx::copy_async_16(ptx::dynamic_shared_memory() + threadIdx.x * 16, out + threadIdx.x * 4, threadIdx.x < 16);
+  if (kCommitted) ptx::commit_async_copies();
+}
+
 __global__ void shared_off_by_one(float* out) {
   const uint32_t base = ptx::dynamic_shared_memory();
   ptx::store_shared(base + (threadIdx.x + 1) * 4, 1.0f);
@@ -149,6 +156,8 @@ void run_fault(const std::string& name, uint64_t memory) {
   LAK_KERNEL("missing_warp_sync", missing_warp_sync, 32, 256)
   LAK_KERNEL("waited_copy", wait_for_copy<0>, kBlock, 256)
   LAK_KERNEL("unwaited_copy", wait_for_copy<1>, kBlock, 256)
+  LAK_KERNEL("abandoned_copy", abandoned_copy<true>, kBlock, 1024)
+  LAK_KERNEL("uncommitted_copy", abandoned_copy<false>, kBlock, 1024)
   LAK_KERNEL("shared_off_by_one", shared_off_by_one, kBlock, 256)
   LAK_KERNEL("global_off_by_one", global_off_by_one, kBlock, 256)
   LAK_KERNEL("misaligned_copy", misaligned_copy, 32, 256)

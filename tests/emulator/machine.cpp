@@ -68,9 +68,18 @@ void Block::enter(void* argument) {
   Block& block = *active;
   Thread& thread = *static_cast<Thread*>(argument);
   block.launch_.body();
+  block.check_landed(thread);
   thread.finished = true;
   --block.alive_;
   switch_fiber(thread.fiber, block.scheduler_);
+}
+
+// A copy that lands after its block has ended writes into shared memory that may be another block's by then.
+void Block::check_landed(const Thread& thread) {
+  if (!thread.open_group.empty()) fail("the thread ends with a cp.async in flight", thread.open_group.front().where);
+  for (const auto& group : thread.copies) {
+    if (!group.empty()) fail("the thread ends with a cp.async in flight", group.front().where);
+  }
 }
 
 unsigned Block::pick() {

@@ -98,6 +98,7 @@ class Block {
 
  private:
   static void enter(void* thread);
+  void check_landed(const Thread& thread);
   void wait(const char* reason, Where where);
   void wake(unsigned number);
   unsigned pick();
@@ -142,7 +143,7 @@ void check_global(const void* address, uint64_t bytes, bool write, Where where);
 
 // ---- statistics of the launches since the last call, for the predicted costs of a kernel ----
 struct Counts {
-  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
+  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0, reductions = 0;
 };
 Counts& counts();
 

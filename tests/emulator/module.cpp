@@ -95,8 +95,11 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("set_seed", &emulator::set_seed);
   m.def("counts", [] {
     auto& c = emulator::counts();
-    const std::map<std::string, uint64_t> result{
-        {"mma", c.mma}, {"ldmatrix", c.ldmatrix}, {"cp_async", c.cp_async}, {"barriers", c.barriers}};
+    const std::map<std::string, uint64_t> result{{"mma", c.mma},
+                                                 {"ldmatrix", c.ldmatrix},
+                                                 {"cp_async", c.cp_async},
+                                                 {"barriers", c.barriers},
+                                                 {"reductions", c.reductions}};
     c = {};
     return result;
   });

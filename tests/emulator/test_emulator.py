@@ -25,6 +25,8 @@ def run(emulator: ModuleType, name: str, seed: int) -> torch.Tensor:
         ("missing_second_barrier", "race in shared memory"),
         ("missing_warp_sync", "race in shared memory"),
         ("unwaited_copy", "before the wait for its cp.async"),
+        ("abandoned_copy", "ends with a cp.async in flight"),
+        ("uncommitted_copy", "ends with a cp.async in flight"),
         ("shared_off_by_one", "out of bounds: write of 4 bytes at offset 256 of 256 bytes of shared memory"),
         ("global_off_by_one", "write of 4 bytes of global memory, 256 bytes from the beginning of out"),
         ("misaligned_copy", "misaligned access of 16 bytes"),

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
                           s.key_end, head_dim, thread);
   copy_rows<kThreadsHere>(value, head_pointer<const T>(p.value, b, head_kv, s.first_key), p.value.stride_row, first_key,
                           s.key_begin, s.key_end, head_dim, thread);
+  ptx::commit_async_copies();  // by themselves: a block that no query sees has no other group to wait for
 
   // Queries [begin, end) in blocks of kRows see some of these keys; one step is a block of one head.
   const bool any = first_key < s.key_end && first_key + Tiles::kKeys > s.key_begin;

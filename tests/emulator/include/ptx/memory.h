@@ -38,6 +38,7 @@ void store_global(T* address, T value, Where where = Where::current()) {
 }
 inline void add_global(float* address, float value, Where where = Where::current()) {
   emulator::check_global(address, sizeof(float), true, where);
+  ++emulator::counts().reductions;
   std::atomic_ref<float>(*address).fetch_add(value, std::memory_order_relaxed);
 }
 

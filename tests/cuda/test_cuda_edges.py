@@ -1,0 +1,188 @@
+"""The CUDA kernels in the emulator where inputs go to their limits: unused memory, lengths that lie, large scores."""
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels.testing import Case, Problem, deviations, make_problem
+from tests.support.emulated import EmulatedProblem
+
+SMALL = Case(batch=1, heads_q=2, heads_kv=1, head_dim=64)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def everything(emulator: ModuleType, problem: Problem, seed: int = 0, deterministic: bool = False) -> dict[str, Tensor]:
+    run = EmulatedProblem(emulator, problem, seed=seed, deterministic=deterministic)
+    output, logsumexp = run.forward()
+    return {"output": output, "logsumexp": logsumexp} | run.backward()
+
+
+def assert_within_rule(emulator: ModuleType, problem: Problem, seed: int = 0, deterministic: bool = False) -> None:
+    results = everything(emulator, problem, seed, deterministic)
+    assert not results.pop("logsumexp").isnan().any()
+    bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", ["start", "end", "both"])
+def test_windows_without_causality(emulator: ModuleType, window: str, dtype: torch.dtype, deterministic: bool) -> None:
+    """The window alone cuts a tile that every row would see whole."""
+    case = replace(SMALL, batch=2, seq_q=64, seq_k=200, window=window, is_causal=False)
+    problem = make_problem(case, dtype)
+    if "key_start" in problem.arguments:
+        problem.arguments["key_start"] = int32(60, 125)
+    if "key_end" in problem.arguments:
+        problem.arguments["key_end"] = int32(130, 187)
+    assert_within_rule(emulator, problem, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_outside_of_the_window_are_not_used(emulator: ModuleType, dtype: torch.dtype, deterministic: bool) -> None:
+    """They may be memory that nobody wrote, as in a cache that is not full."""
+    problem = make_problem(replace(SMALL, batch=2, seq_q=20, seq_k=140, window="both"), dtype)
+    begin, end = (5, 66), (100, 131)
+    problem.arguments |= {"key_start": int32(*begin), "key_end": int32(*end)}
+    clean = everything(emulator, problem, deterministic=deterministic)
+    clean["decoded"] = EmulatedProblem(emulator, problem).decode()
+    outside = torch.ones(2, 140, dtype=torch.bool)
+    for b in range(2):
+        outside[b, begin[b] : end[b]] = False
+    for name in ("key", "value"):
+        tensor = problem.tensors[name]
+        assert tensor is not None
+        tensor.data[outside[:, None].expand(tensor.shape[:3])] = torch.nan
+    poisoned = everything(emulator, problem, deterministic=deterministic)
+    poisoned["decoded"] = EmulatedProblem(emulator, problem).decode()
+    for name, result in poisoned.items():
+        assert torch.equal(result, clean[name]), name
+    for name in ("dkey", "dvalue"):
+        assert (poisoned[name][outside[:, None].expand(poisoned[name].shape[:3])] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dtype) -> None:
+    """Nobody reads the index on the host: that sequence is NaN, its neighbours are not, nothing is out of bounds."""
+    case = replace(SMALL, batch=4, seq_q=5, seq_k=5, prefix="table", gate="prefix")
+    problem = make_problem(case, dtype)
+    problem.arguments["prefix_index"] = int32(1, 3, -2, 2**30)
+    results = everything(emulator, problem)
+    results["decoded"] = EmulatedProblem(emulator, problem).decode()
+    for name in ("output", "decoded", "dquery"):
+        assert results[name][0].isfinite().all(), name
+        assert results[name][1:].isnan().all(), name
+    for name in ("dprefix_key", "dprefix_value", "dgate"):
+        assert results[name].isfinite().all(), name
+        assert (results[name][1] != 0).any(), name
+        assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
+
+
+@pytest.mark.parametrize("name", ["key_start", "key_end"])
+def test_wild_windows_are_clamped(emulator: ModuleType, name: str) -> None:
+    """As if the nearest sensible value had been given."""
+    case = replace(SMALL, batch=3, seq_q=9, seq_k=20)
+    wild, sensible = make_problem(case, torch.bfloat16), make_problem(case, torch.bfloat16)
+    wild.arguments[name] = int32(-(2**31), 2**31 - 1, 21)
+    sensible.arguments[name] = int32(0, 20, 20)
+    expected, results = everything(emulator, sensible), everything(emulator, wild)
+    expected["decoded"], results["decoded"] = (EmulatedProblem(emulator, p).decode() for p in (sensible, wild))
+    for result in results:
+        assert torch.equal(results[result], expected[result]), result
+
+
+WILD_OFFSETS = [(-5, 17), (0, 2**31 - 1), (9, 3), (3, -(2**31)), (2**30, 2**30 + 4), (17, 40)]
+
+
+@pytest.mark.parametrize("offsets", WILD_OFFSETS, ids=str)
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_wild_offsets_stay_in_bounds(
+    emulator: ModuleType, which: str, offsets: tuple[int, int], deterministic: bool
+) -> None:
+    """Offsets that decrease or lie outside of the packed tokens: the emulator reports any access out of bounds."""
+    problem = make_problem(replace(SMALL, lengths=((8, 8), (9, 9))), torch.bfloat16)
+    problem.arguments[which] = int32(offsets[0], *offsets)
+    everything(emulator, problem, deterministic=deterministic)
+
+
+def test_a_sequence_longer_than_promised_stays_in_bounds(emulator: ModuleType) -> None:
+    problem = make_problem(replace(SMALL, lengths=((70, 70), (9, 9))), torch.bfloat16)
+    problem.arguments |= {"max_seqlen_q": 17, "max_seqlen_k": 17}
+    everything(emulator, problem)
+
+
+@pytest.mark.parametrize("prefix", ["shared", "table"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tail_of_packed_rows_is_zero(emulator: ModuleType, dtype: torch.dtype, prefix: str) -> None:
+    """Tokens after the last sequence belong to none: their gradients are zero, not what memory held."""
+    case = replace(SMALL, lengths=((30, 30), (50, 50)), prefix=prefix)  # type: ignore[arg-type]
+    problem = make_problem(case, dtype)
+    offsets = int32(0, 30, 33)
+    problem.arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 30, "max_seqlen_k": 30}
+    results = everything(emulator, problem)
+    results["output"][33:] = 0  # the op clears the output's tail
+    for name in ("dquery", "dkey", "dvalue"):
+        assert (results[name][33:] == 0).all(), name
+        assert (results[name][:33] != 0).any(), name
+    results.pop("logsumexp")
+    bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
+    assert not bad, "\n".join(bad)
+
+
+def test_deterministic_gradients_have_one_order(emulator: ModuleType) -> None:
+    """Four blocks of keys add to each query: without the promise they do so in any order, with it in one."""
+    problem = make_problem(replace(SMALL, seq_q=70, seq_k=256, is_causal=False), torch.bfloat16)
+    emulator.counts()
+    runs = [everything(emulator, problem, seed=seed, deterministic=True) for seed in range(3)]
+    assert emulator.counts()["reductions"] == 0, "the order of atomic additions is nobody's choice"
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in run)
+    everything(emulator, problem, deterministic=False)
+    assert emulator.counts()["reductions"] > 0, "the fast path adds with atomics: else this test shows nothing"
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_masks_of_every_dtype(emulator: ModuleType, mask_dtype: torch.dtype) -> None:
+    problem = make_problem(replace(SMALL, mask="float", is_causal=False), torch.bfloat16)
+    problem.arguments["attn_mask"] = problem.arguments["attn_mask"].to(mask_dtype)
+    assert_within_rule(emulator, problem)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(emulator: ModuleType, scale: float) -> None:
+    """The largest score is then not that of the largest product."""
+    assert_within_rule(emulator, make_problem(replace(SMALL, seq_q=70, seq_k=70, scale=scale), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", [0, 70, 290])
+@pytest.mark.parametrize("which", ["key", "prefix_key"])
+def test_one_dominant_score(emulator: ModuleType, which: str, where: int, dtype: torch.dtype) -> None:
+    """A score of some 150 in an early or a late tile: exponentials relative to any other maximum overflow."""
+    case = replace(SMALL, seq_q=4, seq_k=300, prefix_length=300, is_causal=False)
+    problem = make_problem(case, dtype)
+    query, key = problem.tensors["query"], problem.tensors[which]
+    assert query is not None
+    assert key is not None
+    query.data[..., :8] = query.data[..., :8].abs() + 1
+    key.data[:, :, where] = 0
+    key.data[:, :, where, :8] = 100
+    scores = case.head_dim**-0.5 * (query.double() @ key.double()[:, :, where, :, None])
+    assert 130 < scores.min() < scores.max() < 400
+    assert_within_rule(emulator, problem)
+    decoded = EmulatedProblem(emulator, problem, seed=1).decode()
+    with torch.no_grad():
+        exact = problem.to(torch.float64).forward("reference")
+        eager = problem.forward("reference").double()
+    eps = torch.finfo(dtype).eps
+    limit = 2 * (eager - exact).abs().max() + 2 * eps * exact.abs().max()
+    assert (decoded.double() - exact).abs().max() <= limit
