@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llama_adapter_kernels.bench.results import Measurement, Results
 
 Race = dict[str, Measurement]
+BEYOND = 1.1  # times a ceiling: what exceeds it by more was right, the ceiling was measured on a busy machine
 PADDED_TO_512 = "two-sdpa-512"  # what the released training script does; nobody's best
 
 
@@ -69,6 +70,15 @@ def rates(entry: Measurement, ceilings: dict[str, float]) -> Rates:
 def compute_ceiling(ceilings: dict[str, float], dtype: str) -> float | None:
     """The rate of a large matrix product. A processor without bfloat16 units is faster in float32: then that counts."""
     return max((ceilings[name] for name in (f"gemm_{dtype}", "gemm_float32") if name in ceilings), default=None)
+
+
+def trusted_ceilings(results: Results) -> dict[str, float]:
+    """The ceilings, without the matrix products' where a contestant went far beyond: those say nothing then."""
+    for entry in results.measurements:
+        ceiling = compute_ceiling(results.ceilings, entry.dtype)
+        if entry.median is not None and ceiling is not None and entry.flop / entry.median > BEYOND * ceiling:
+            return {name: rate for name, rate in results.ceilings.items() if not name.startswith("gemm_")}
+    return dict(results.ceilings)
 
 
 def memory_ceiling(ceilings: dict[str, float]) -> float | None:

@@ -41,7 +41,11 @@ def two_calls(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None,
     gate: Tensor | None, *, attn_mask: Tensor | None, is_causal: bool, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """What one writes without this package: two calls and one multiply-add; without a prefix one call."""
+    """What one writes without this package: two calls and one multiply-add; without a prefix one call.
+
+    Args:
+        gate: [Hq], or anything of three dimensions that can be multiplied with the output.
+    """
     grouped = query.shape[1] != key.shape[1]
     words = scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
@@ -52,7 +56,36 @@ def two_calls(
     prefix = scaled_dot_product_attention(
         query, prefix_key.expand(shape), prefix_value.expand(shape), scale=scale, enable_gqa=grouped
     )
-    return torch.addcmul(words, gate.to(words.dtype)[:, None, None], prefix)
+    return torch.addcmul(words, gate.to(words.dtype).view(gate.shape + (1,) * (3 - gate.dim())), prefix)
+
+
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, gate: Tensor, *,
+    bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Prefix and words in one matrix of scores, as LLaMA-Adapter's published model code computes it.
+
+    The two parts get a float32 softmax each, rounded to the inputs' dtype, the prefix part its gate, and one product
+    with the values follows.
+
+    Args:
+        bias: added to the scores of the words; -inf hides a key.
+    """
+    batch, slots, group = query.shape[0], prefix_key.shape[2], query.shape[1] // key.shape[1]
+    keys = torch.cat((prefix_key.expand(batch, -1, -1, -1), key), dim=2)
+    values = torch.cat((prefix_value.expand(batch, -1, -1, -1), value), dim=2)
+    if group > 1:
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    words = scores[..., slots:] if bias is None else scores[..., slots:] + bias
+    prefix_part = torch.softmax(scores[..., :slots], dim=-1, dtype=torch.float32)
+    parts = (gate[:, None, None] * prefix_part, torch.softmax(words, dim=-1, dtype=torch.float32))
+    return torch.matmul(torch.cat([part.to(query.dtype) for part in parts], dim=-1), values)
+
+
+def bias_of(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a bool mask is true, -inf elsewhere."""
+    return torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device).masked_fill_(~attn_mask, -torch.inf)
 
 
 def _prepare_sdpa(backend: SDPBackend | None, problem: Problem, backward: bool) -> Prepared:
@@ -70,27 +103,24 @@ def _prepare_sdpa(backend: SDPBackend | None, problem: Problem, backward: bool) 
     return Prepared(call, tensors, problem.doutput)
 
 
-def _prepare_sdpa_rows(prefix: bool, problem: Problem, backward: bool) -> Prepared:
+def _prepare_sdpa_rows(problem: Problem, backward: bool) -> Prepared:
     """One new token and grouped heads: the heads of a group become the rows of one query, which reads their key/value
     head once. `enable_gqa` copies it for each head on a CPU.
     """
-    tensors = leaves(problem)
     attn_mask, _ = sdpa_mask(problem)
-    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    query, key, value, prefix_key, prefix_value, gate = problem.tensors.values()
+    assert query is not None
+    assert key is not None
+    assert value is not None
     rows = (query.shape[0], key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
 
     def call() -> Tensor:
-        one = query.view(rows)
-        words = scaled_dot_product_attention(one, key, value, attn_mask=attn_mask, scale=problem.case.scale)
-        if prefix:
-            prefix_key = tensors["prefix_key"].expand(rows[0], -1, -1, -1)
-            prefix_value = tensors["prefix_value"].expand(rows[0], -1, -1, -1)
-            adapted = scaled_dot_product_attention(one, prefix_key, prefix_value, scale=problem.case.scale)
-            gate = tensors["gate"].to(words.dtype).view(rows[1], rows[2], 1)
-            words = torch.addcmul(words, gate, adapted)
-        return words.view(query.shape)
+        gates = None if gate is None else gate.view(*rows[1:3], 1)
+        output = two_calls(query.view(rows), key, value, prefix_key, prefix_value, gates, attn_mask=attn_mask,
+                           is_causal=False, scale=problem.case.scale)  # fmt: skip
+        return output.view(query.shape)
 
-    return Prepared(call, tensors, problem.doutput)
+    return Prepared(call, leaves(problem), problem.doutput)
 
 
 def _rows_reason(problem: Problem, backward: bool) -> str | None:
@@ -99,35 +129,14 @@ def _rows_reason(problem: Problem, backward: bool) -> str | None:
 
 
 def _prepare_eager(problem: Problem, backward: bool) -> Prepared:
-    """Prefix and words in one matrix of scores, as LLaMA-Adapter's published model code computes it.
-
-    The two parts get a float32 softmax each, rounded to the inputs' dtype, the prefix part its gate, and one product with
-    the values follows.
-    """
     tensors = leaves(problem)
     attn_mask, is_causal = sdpa_mask(problem)
-    query, key, value = tensors["query"], tensors["key"], tensors["value"]
-    prefix_key, prefix_value, gate = tensors["prefix_key"], tensors["prefix_value"], tensors["gate"]
-    batch, slots, group = query.shape[0], prefix_key.shape[2], query.shape[1] // key.shape[1]
-    scale = problem.case.scale or query.shape[-1] ** -0.5
+    query, key = tensors["query"], tensors["key"]
     if is_causal:
         attn_mask = reference.allowed_keys(query[:1, :1], key[:1, :1], True, None, None, None)
-    bias = None if attn_mask is None else torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
-    if bias is not None and attn_mask is not None:
-        bias.masked_fill_(~attn_mask, -torch.inf)
-
-    def call() -> Tensor:
-        keys = torch.cat((prefix_key.expand(batch, -1, -1, -1), key), dim=2)
-        values = torch.cat((prefix_value.expand(batch, -1, -1, -1), value), dim=2)
-        if group > 1:
-            keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-        scores = torch.matmul(query, keys.transpose(2, 3)) * scale
-        words = scores[..., slots:] if bias is None else scores[..., slots:] + bias
-        prefix_part = torch.softmax(scores[..., :slots], dim=-1, dtype=torch.float32)
-        parts = (gate[:, None, None] * prefix_part, torch.softmax(words, dim=-1, dtype=torch.float32))
-        return torch.matmul(torch.cat([part.to(query.dtype) for part in parts], dim=-1), values)
-
-    return Prepared(call, tensors, problem.doutput)
+    bias = None if attn_mask is None else bias_of(attn_mask, query.dtype)
+    scale = problem.case.scale or query.shape[-1] ** -0.5
+    return Prepared(lambda: eager(*tensors.values(), bias=bias, scale=scale), tensors, problem.doutput)
 
 
 def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
@@ -242,14 +251,9 @@ _EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eag
 ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
              *ours(prepare_ours)]  # fmt: skip
 _ROWS: list[Peer[Problem]] = [
-    Peer("sdpa-rows", "plain SDPA, group as rows, no prefix", partial(_prepare_sdpa_rows, False), prefix=False,
-         reason=_rows_reason),
-    Peer("two-sdpa-rows", "two SDPA calls, group as rows", partial(_prepare_sdpa_rows, True), quick=True,
-         reason=_rows_reason),
+    Peer("sdpa-rows", "plain SDPA, group as rows, no prefix", _prepare_sdpa_rows, prefix=False, reason=_rows_reason),
+    Peer("two-sdpa-rows", "two SDPA calls, group as rows", _prepare_sdpa_rows, quick=True, reason=_rows_reason),
 ]  # fmt: skip
 DECODE = [*_SDPA, *_ROWS, *_EAGER,
           Peer("flex", "flex_attention twice", _prepare_flex, reason=flex_on_gpu_reason),
           *ours(_prepare_ours_decode)]  # fmt: skip
-
-__all__ = ["ATTENTION", "DECODE", "SDPA_BACKENDS", "flex_on_gpu_reason", "leaves", "ours", "prepare_ours", "sdpa_mask",
-           "sdpa_reason", "two_calls"]  # fmt: skip

@@ -3,15 +3,18 @@
 Sizes differ between CPU and GPU, so that one call takes milliseconds on either; every result states its own shape.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from llama_adapter_kernels import testing
 from llama_adapter_kernels.bench.lengths import alpaca_lengths
 
-Question = Literal["attention", "varlen", "decode", "module", "training"]
-Mode = Literal["forward", "forward+backward", "step"]
+Question = Literal["attention", "varlen", "decode", "module", "training", "generation"]
+Mode = Literal["forward", "forward+backward", "step", "token"]
 PREFIX_LENGTH = 10  # the paper's
+DTYPES = ("float32", "bfloat16", "float16")
+INFERENCE: tuple[Mode, ...] = ("forward", "token")  # modes without gradients
 
 MODES: dict[Question, tuple[Mode, ...]] = {
     "attention": ("forward", "forward+backward"),
@@ -19,12 +22,17 @@ MODES: dict[Question, tuple[Mode, ...]] = {
     "decode": ("forward",),
     "module": ("forward", "forward+backward"),
     "training": ("step",),
+    "generation": ("token",),
 }
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama model of `transformers` with random weights: one layer for module cases."""
+    """A Llama model of `transformers` with random weights: one layer for module cases.
+
+    cached: tokens already in the cache; the case is one new token then. lengths: of the sequences in a right-padded
+    batch. feed_forward: 0 for Llama's 8/3 of the hidden size, in whole 64s.
+    """
 
     hidden: int
     heads_q: int
@@ -34,13 +42,22 @@ class ModelShape:
     batch: int
     sequence: int
     vocabulary: int = 1024
-    cached: int = 0  # tokens already in the cache: the case is one new token, forward only
-    lengths: tuple[int, ...] | None = None  # of the sequences in a right-padded batch
+    cached: int = 0
+    lengths: tuple[int, ...] | None = None
+    feed_forward: int = 0
+
+    @property
+    def inner(self) -> int:
+        """Size of the feed-forward part."""
+        return self.feed_forward or (self.hidden * 8 // 3 + 63) // 64 * 64
 
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One row of the table; `problem` is what the input generator of the tests takes."""
+    """One row of the table; `problem` is what the input generator of the tests takes.
+
+    sweep: the case belongs to a plot of time by sequence length. on_request: it runs only where its name is given.
+    """
 
     name: str
     title: str
@@ -49,12 +66,13 @@ class BenchCase:
     model: ModelShape | None = None
     key_lengths: tuple[int, ...] | None = None  # valid keys of each sequence
     quick: bool = False
-    sweep: str | None = None  # the case belongs to a plot of time by sequence length
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    sweep: str | None = None
+    dtypes: tuple[str, ...] = DTYPES[:2]
+    on_request: bool = False
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        if self.model is not None and self.model.cached:
+        if self.question == "module" and self.model is not None and self.model.cached:
             return ("forward",)
         return MODES[self.question]
 
@@ -88,11 +106,11 @@ class BenchCase:
 def _attention(
     name: str, title: str, batch: int, heads: tuple[int, int], head_dim: int, sequence: int, is_causal: bool = True,
     key_lengths: tuple[int, ...] | None = None, quick: bool = True, sweep: str | None = None,
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    dtypes: tuple[str, ...] = DTYPES[:2], layout: Literal["bhsd", "bshd"] = "bshd",
 ) -> BenchCase:  # fmt: skip
     problem = testing.Case(
         batch=batch, heads_q=heads[0], heads_kv=heads[1], seq_q=sequence, seq_k=sequence, head_dim=head_dim,
-        prefix_length=PREFIX_LENGTH, is_causal=is_causal, layout="bshd",
+        prefix_length=PREFIX_LENGTH, is_causal=is_causal, layout=layout,
     )  # fmt: skip
     return BenchCase(name, title, "attention", problem, None, key_lengths, quick, sweep, dtypes)
 
@@ -122,15 +140,6 @@ def cases(device_type: str) -> dict[str, BenchCase]:
     gpu = device_type == "cuda"
     sequence, batch = (2048, 8) if gpu else (512, 1)
     roberta = (512, 384, 256, 128) * 8 if gpu else (512, 256)
-    # Models are smaller than attention cases: their truth in float64 keeps every head's scores of every sequence.
-    one_b = ModelShape(
-        hidden=2048, heads_q=32, heads_kv=8, head_dim=64, layers=1, batch=2 if gpu else 1, sequence=sequence
-    )
-    training_lengths = alpaca_lengths(16 if gpu else 4, seed=1)
-    small = ModelShape(
-        hidden=2048 if gpu else 512, heads_q=16 if gpu else 8, heads_kv=16 if gpu else 8, head_dim=128 if gpu else 64,
-        layers=4, batch=len(training_lengths), sequence=max(training_lengths), lengths=training_lengths,
-    )  # fmt: skip
     seven = f"LLaMA-7B, {sequence} tokens"
     table = [
         _attention("llama-7b", seven, batch, (32, 32), 128, sequence, sweep="LLaMA-7B"),
@@ -154,44 +163,81 @@ def cases(device_type: str) -> dict[str, BenchCase]:
         _decode(
             "decode-8b-batch", "Decode, LLaMA-3-8B, 8 sequences", (32, 8), 128, tuple(range(128, 1025, 128)), quick=True
         ),
-        BenchCase("module-1b", f"Llama-3.2-1B attention module, {sequence} tokens", "module", model=one_b, quick=True),
-        BenchCase(
-            "module-1b-token",
-            "Llama-3.2-1B attention module, one token",
-            "module",
-            model=replace(one_b, sequence=1, batch=1, cached=512),
-            quick=True,
-        ),
-        BenchCase(
-            "training",
-            "Training step, small Llama, Alpaca lengths",
-            "training",
-            model=small,
-            quick=True,
-            dtypes=("bfloat16",) if gpu else ("float32", "bfloat16"),
-        ),
+        *_models(gpu, sequence),
+        *_sweep(gpu),
+        *([] if gpu else _floors()),
     ]
-    for length in (512, 1024, 4096, 8192, 16384) if gpu else (128, 256, 1024, 2048):
-        sweep_batch = max(1, 16384 // length) if gpu else 1
-        table.append(
-            _attention(
-                f"llama-7b-{length}", f"LLaMA-7B, {length} tokens", sweep_batch, (32, 32), 128, length, quick=False,
-                sweep="LLaMA-7B", dtypes=("bfloat16",) if gpu else ("float32",),
-            )
-        )  # fmt: skip
     if gpu:  # half precision is what GPUs are for
         table = [replace(case, dtypes=("bfloat16",)) for case in table]
     return {case.name: case for case in table}
 
 
+def _models(gpu: bool, sequence: int) -> list[BenchCase]:
+    """Attention modules and whole models. They are smaller than the attention cases: their truth in float64 keeps every
+    head's scores of every sequence.
+    """
+    one_b = ModelShape(
+        hidden=2048, heads_q=32, heads_kv=8, head_dim=64, layers=1, batch=2 if gpu else 1, sequence=sequence
+    )
+    lengths = alpaca_lengths(16 if gpu else 4, seed=1)
+    small = ModelShape(
+        hidden=2048 if gpu else 512, heads_q=16 if gpu else 8, heads_kv=16 if gpu else 8, head_dim=128 if gpu else 64,
+        layers=4, batch=2, sequence=512, vocabulary=4096,
+    )  # fmt: skip
+    alpaca = replace(small, batch=len(lengths), sequence=max(lengths), lengths=lengths, vocabulary=1024)
+    module = f"Llama-3.2-1B attention module, {sequence} tokens"
+    one_token = replace(one_b, sequence=1, batch=1, cached=512)
+    return [
+        BenchCase("module-1b", module, "module", model=one_b, quick=True),
+        BenchCase("module-1b-token", "Llama-3.2-1B attention module, one token", "module", model=one_token, quick=True),
+        BenchCase("training", "Training step, small Llama, Alpaca lengths", "training", model=alpaca, quick=True),
+        BenchCase("training-512", "Training step, small Llama, 2 x 512 tokens", "training", model=small,
+                  on_request=True),
+        BenchCase("generation", "One token, small Llama, 512 cached", "generation",
+                  model=replace(small, sequence=1, cached=512), quick=True),
+    ]  # fmt: skip
+
+
+def _sweep(gpu: bool) -> list[BenchCase]:
+    return [
+        _attention(
+            f"llama-7b-{length}", f"LLaMA-7B, {length} tokens", max(1, 16384 // length) if gpu else 1, (32, 32), 128, length,
+            quick=False, sweep="LLaMA-7B", dtypes=DTYPES[:1],
+        )
+        for length in ((512, 1024, 4096, 8192, 16384) if gpu else (128, 256, 1024, 2048))
+    ]  # fmt: skip
+
+
+def _floors() -> list[BenchCase]:
+    """What benchmarks/attention_floors.py times: contiguous inputs, on a CPU."""
+    shapes = {"floor-32x512": (1, 32, 512, 128), "floor-4x8x512": (4, 8, 512, 64), "floor-8x2048": (1, 8, 2048, 64)}
+    found = []
+    for name, (batch, heads, sequence, head_dim) in shapes.items():
+        case = _attention(name, f"({batch}, {heads}, {sequence}, {head_dim})", batch, (heads, heads), head_dim, sequence,
+                          dtypes=DTYPES if name == "floor-4x8x512" else DTYPES[:2], layout="bhsd")  # fmt: skip
+        found.append(replace(case, on_request=True))
+    decode = _decode("floor-decode", "Decode, LLaMA-3-8B, 8 sequences of 4096", (32, 8), 128, (4096,) * 8, quick=False)
+    return [*found, replace(decode, dtypes=("bfloat16",), on_request=True)]
+
+
 def select(device_type: str, names: list[str] | None = None, quick: bool = False) -> list[BenchCase]:
-    """The cases asked for, in the table's order.
+    """The cases asked for, in the table's order; without names those that run unasked.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     table = cases(device_type)
+    check_names("case", names, table)
+    if names:
+        return [case for case in table.values() if case.name in names]
+    return [case for case in table.values() if not case.on_request and (case.quick or not quick)]
+
+
+def check_names(kind: str, names: Iterable[str] | None, known: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
     for name in names or ():
-        if name not in table:
-            raise ValueError(f"case: expected one of {', '.join(table)}; got {name!r}")
-    return [case for case in table.values() if (case.name in names if names else case.quick or not quick)]
+        if name not in known:
+            raise ValueError(f"{kind}: expected one of {', '.join(known)}; got {name!r}")

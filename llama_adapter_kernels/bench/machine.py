@@ -5,8 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +62,6 @@ def cache_bytes() -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     found = [int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes if size[-1:] in "KM" and size]
     return max(found, default=32 << 20)
-
-
-@cache
-def product_rate(dtype: str) -> float:
-    """FLOP/s of a small matrix product on this CPU. Without instructions for it torch multiplies bfloat16 matrices a
-    hundred times slower than float32 ones.
-    """
-    size = 256
-    left, right = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the best counts: one interruption must not make a processor look as if it lacked instructions
-        started = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(seconds)
 
 
 def commit() -> str | None:

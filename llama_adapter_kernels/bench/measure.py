@@ -38,6 +38,7 @@ FULL = Budget(seconds=5.0, least_rounds=7, most_rounds=40)
 QUICK = Budget(seconds=1.0, least_rounds=5, most_rounds=15)
 _FEWEST_ROUNDS = 3
 _OVERTIME = 4  # times the seconds of a race, when rounds are slow
+_ROUNDS_UNDISTURBED = 6
 _SLOW, _SLOW_EVERY = 10.0, 4  # times the fastest contestant; such a one takes part in every fourth round
 
 
@@ -48,15 +49,18 @@ def share(budget: Budget, seconds_left: float, races_left: int) -> Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over `rounds` rounds of `repeats` calls each; note: what was different about this one."""
+    """Seconds per call, one sample per round of `repeats` calls; note: what was different about this contestant."""
 
     median: float
     first_quartile: float
     third_quartile: float
-    least: float
-    rounds: int
+    samples: tuple[float, ...]
     repeats: int
     note: str | None = None
+
+    @property
+    def rounds(self) -> int:
+        return len(self.samples)
 
     @property
     def spread(self) -> float:
@@ -66,7 +70,7 @@ class Timing:
 
 def summarize(samples: list[float], repeats: int, note: str | None = None) -> Timing:
     first, median, third = statistics.quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
-    return Timing(median, first, third, min(samples), len(samples), repeats, note)
+    return Timing(median, first, third, tuple(samples), repeats, note)
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,29 @@ def race(
                 samples[name].append(clock.sample(ready[name].call, repeats[name], cold))
     timings = {name: summarize(samples[name], repeats[name], warm.note) for name, warm in ready.items()}
     return timings, failed
+
+
+def undisturbed(calls: dict[str, Call], clock: CpuClock | CudaClock, longest: float) -> dict[str, float]:
+    """Least seconds of each call, the calls in turns: what the machine can do when nothing else wants it.
+
+    Goes on until every least time has been reached twice, give or take 5%: on a busy machine the first rounds show the
+    neighbours. At least six rounds, and none after `longest` seconds.
+    """
+    clock.begin()
+    ready = {name: clock.ready(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < longest:
+        for name, warm in ready.items():
+            samples[name].append(clock.sample(warm.call, 1, cold=False))
+        if len(samples[name]) >= _ROUNDS_UNDISTURBED and all(_reached_twice(found) for found in samples.values()):
+            break
+    return {name: min(found) for name, found in samples.items()}
+
+
+def _reached_twice(samples: list[float]) -> bool:
+    least, second = sorted(samples)[:2]
+    return second <= 1.05 * least
 
 
 def _wall_time(call: Call, repeats: int) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen
-from llama_adapter_kernels.bench.attention_peers import two_calls
+from llama_adapter_kernels.bench import attention_peers
 from llama_adapter_kernels.bench.model_problem import IGNORED, ModelProblem, OneTokenCache, build_model
 from llama_adapter_kernels.bench.peer import Peer, Prepared
 from llama_adapter_kernels.ops import backends
@@ -65,7 +65,22 @@ def register(name: str, attention: Attention) -> str:
 
 def two_sdpa(*arguments: Any) -> Tensor:
     *tensors, attn_mask, is_causal, scale, _ = arguments
-    return two_calls(*tensors, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    return attention_peers.two_calls(*tensors, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+
+
+def eager(*arguments: Any) -> Tensor:
+    *tensors, attn_mask, is_causal, scale, _ = arguments
+    query, key = tensors[:2]
+    bias = _causal_bias(query.shape[2], key.shape[2], query.dtype, query.device) if is_causal else None
+    if attn_mask is not None:
+        bias = attention_peers.bias_of(attn_mask, query.dtype)
+    return attention_peers.eager(*tensors, bias=bias, scale=scale)
+
+
+@cache  # the published code makes it once for all layers
+def _causal_bias(seq_q: int, seq_k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    allowed = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device).tril(seq_k - seq_q)
+    return attention_peers.bias_of(allowed, dtype)
 
 
 @cache
@@ -139,7 +154,9 @@ def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Pre
 
 
 def finish(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], packed: bool = False) -> Prepared:
-    """The call on a model that is set up: its first attention module, or the loss of the whole model."""
+    """The call on a model that is set up: its first attention module, the loss of the whole model or its next token."""
+    if problem.mode == "token":
+        return _finish_token(model, problem, leaves)
     if problem.mode != "step":
         return _finish_module(model, problem, leaves)
     # Right padding needs no mask: what comes after a token does not reach it, and padding has no label.
@@ -167,13 +184,29 @@ def _finish_module(model: Any, problem: ModelProblem, leaves: dict[str, Tensor])
     positions = torch.arange(shape.cached, shape.cached + shape.sequence, device=problem.device)[None]
     arguments = {"position_embeddings": model.model.rotary_emb(hidden, positions), "attention_mask": None}
     if problem.cache is not None:
-        arguments["past_key_values"] = OneTokenCache(problem.cache)
+        arguments["past_key_values"] = OneTokenCache(problem.cache[0])
 
     def call() -> Tensor:
         output: Tensor = module(hidden_states=hidden, **arguments)[0]
         return output
 
     return Prepared(call, {"hidden": hidden} | leaves, problem.doutput)
+
+
+def _finish_token(model: Any, problem: ModelProblem, leaves: dict[str, Tensor]) -> Prepared:
+    from transformers import DynamicCache
+
+    assert problem.cache is not None
+    cache = DynamicCache(config=model.config)
+    for layer, (key, value) in enumerate(problem.cache):
+        cache.update(key, value, layer)
+
+    def call() -> Tensor:
+        logits: Tensor = model(input_ids=problem.tokens, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)  # the token that was added: every call does the same
+        return logits
+
+    return Prepared(call, leaves, None)
 
 
 def _shifted(problem: ModelProblem) -> Tensor:
@@ -202,6 +235,7 @@ def _ours_reason(backend: str, packed: bool, problem: ModelProblem, backward: bo
 _MODEL: list[Peer[ModelProblem]] = [
     Peer("sdpa", "no adapter, plain SDPA", _prepare_plain, prefix=False, quick=True),
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_hook, "two-sdpa", two_sdpa, False), quick=True),
+    Peer("eager", "eager, concatenated", partial(_prepare_hook, "eager", eager, False)),
     Peer("peft", "PEFT AdaptionPrompt", _prepare_peft, quick=True),
     *(
         Peer(f"ours-adapter{'-packed' if packed else ''}", f"attach_adapter{', packed' if packed else ''}",

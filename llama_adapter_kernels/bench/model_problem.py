@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.bench.cases import PREFIX_LENGTH, Mode, ModelShape
-from llama_adapter_kernels.bench.work import feed_forward_size
+from llama_adapter_kernels.bench.cases import INFERENCE, PREFIX_LENGTH, Mode, ModelShape
 
 IGNORED = -100  # label of a token without loss
 
@@ -19,7 +18,8 @@ IGNORED = -100  # label of a token without loss
 class ModelProblem:
     """weights: state dict of the model. prompts [L, P, C], gates [L].
 
-    Module cases: hidden [B, S, C] and doutput like it, cache [2, B, Hkv, cached, D]. Training: tokens, labels [B, S].
+    Module cases: hidden [B, S, C] and doutput like it. Whole models: tokens, labels [B, S]. One token against a cache:
+    cache [L, 2, B, Hkv, cached, D].
     """
 
     shape: ModelShape
@@ -89,7 +89,8 @@ def make_model_problem(shape: ModelShape, mode: Mode, dtype: torch.dtype, device
     labels = tokens.clone()
     for row, length in enumerate(shape.lengths or ()):
         labels[row, length:] = IGNORED
-    cache = normal(2, batch, shape.heads_kv, shape.cached, shape.head_dim) if shape.cached else None
+    cached = (shape.layers, 2, batch, shape.heads_kv, shape.cached, shape.head_dim)
+    cache = normal(*cached) if shape.cached else None
     problem = ModelProblem(
         shape, mode, weights, normal(shape.layers, PREFIX_LENGTH, shape.hidden), normal(shape.layers) + 0.5, hidden,
         normal(*hidden.shape) if mode == "forward+backward" else None, cache, tokens, labels,
@@ -104,7 +105,7 @@ def empty_model(shape: ModelShape, mode: Mode, attention: str, dtype: torch.dtyp
     config = LlamaConfig(
         hidden_size=shape.hidden, num_attention_heads=shape.heads_q, num_key_value_heads=shape.heads_kv,
         head_dim=shape.head_dim, num_hidden_layers=shape.layers, vocab_size=shape.vocabulary,
-        intermediate_size=feed_forward_size(shape) if mode == "step" else 64, attn_implementation=attention,
+        intermediate_size=shape.inner if mode in ("step", "token") else 64, attn_implementation=attention,
         max_position_embeddings=max(2048, shape.sequence + shape.cached), use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -119,4 +120,4 @@ def build_model(problem: ModelProblem, attention: str) -> Any:
     # Buffers are not in the state dict: the rotary embedding computes them anew on the real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(problem.device)
     # Without gradients it is inference, where an adapter may keep what does not change from token to token.
-    return model.requires_grad_(False).train(problem.mode != "forward")
+    return model.requires_grad_(False).train(problem.mode not in INFERENCE)

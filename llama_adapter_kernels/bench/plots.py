@@ -5,15 +5,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llama_adapter_kernels.bench import analysis, tables
+from llama_adapter_kernels.bench.cases import DTYPES
 from llama_adapter_kernels.bench.results import Measurement, Results
 
 FUSED, TWO, EAGER, PLAIN, OTHER = "#0b6e4f", "#d1812c", "#8c6bb1", "#5b6770", "#b0b7bd"
 _FONT: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lak"}
-_LABELS = {"forward": "Forward", "forward+backward": "Forward + backward", "step": "Training step"}
-_MARKERS = {"attention": "o", "varlen": "s", "decode": "^", "module": "D", "training": "P"}
+_LABELS = {
+    "forward": "Forward",
+    "forward+backward": "Forward + backward",
+    "step": "Training step",
+    "token": "One token",
+}
+_MARKERS = {"attention": "o", "varlen": "s", "decode": "^", "module": "D", "training": "P", "generation": "*"}
 
 
 def all_plots(results: Results) -> dict[str, Figure]:
@@ -146,61 +153,60 @@ def time_by_length(results: Results) -> Figure | None:
 
 def roofline(results: Results) -> Figure | None:
     """Work per second over work per byte, under the ceilings measured in the same run."""
-    memory_ceiling = analysis.memory_ceiling(results.ceilings)
+    ceilings = analysis.trusted_ceilings(results)
+    memory_ceiling = analysis.memory_ceiling(ceilings)
     points = [
         entry for _, _, race in _rows(results) for entry in (analysis.fused(race), analysis.two_sdpa(race)) if entry
     ]
     if not points or memory_ceiling is None:
         return None
-    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry.dtype == dtype for entry in points)]
-    fastest = max(analysis.compute_ceiling(results.ceilings, dtype) or 1.0 for dtype in dtypes)
+    dtypes = [dtype for dtype in DTYPES if any(entry.dtype == dtype for entry in points)]
+    fastest = max(analysis.rates(entry, ceilings).flops for entry in points)
     unit, unit_name = (1e12, "TFLOP/s") if fastest > 1e13 else (1e9, "GFLOP/s")
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     columns = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for axes, dtype in zip(columns, dtypes, strict=True):
         chosen = [entry for entry in points if entry.dtype == dtype]
-        gemm = analysis.compute_ceiling(results.ceilings, dtype) or 1.0
+        gemm = analysis.compute_ceiling(ceilings, dtype)
         intensities = [entry.flop / entry.bytes for entry in chosen]
-        corner = gemm / memory_ceiling
+        corner = gemm / memory_ceiling if gemm else max(intensities)
         low, high = min(*intensities, corner) / 4, max(*intensities, corner) * 2
-        below_corner = low**0.2 * corner**0.8  # on the slope, with room for its label to the left
-        roof = (low * memory_ceiling / unit, gemm / unit, gemm / unit)
-        axes.plot([low, corner, high], roof, color="black", linewidth=1)
-        axes.annotate(
-            f"matrix product {tables.rate(gemm, 'FLOP/s')}", (high, gemm / unit), (0, 4), ha="right",
-            textcoords="offset points", fontsize=8,
-        )  # fmt: skip
-        axes.annotate(
-            f"memory {tables.rate(memory_ceiling, 'B/s')}", (below_corner, below_corner * memory_ceiling / unit), (-6, 4),
-            textcoords="offset points", fontsize=8, ha="right",
-        )  # fmt: skip
-        seen: set[tuple[str, str]] = set()
+        roof = [(low, low * memory_ceiling / unit), (corner, corner * memory_ceiling / unit)]
+        roof += [(high, gemm / unit)] if gemm else []
+        axes.plot(*zip(*roof, strict=True), color="black", linewidth=1)
         for entry, intensity in zip(chosen, intensities, strict=True):
-            colour, name = _kind(entry)
-            label = f"{name}, {entry.question}"
-            axes.scatter(intensity, analysis.rates(entry, results.ceilings).flops / unit, 34, colour, alpha=0.85,
-                         marker=_MARKERS[entry.question], linewidths=0,
-                         label=None if (name, entry.question) in seen else label)  # fmt: skip
-            seen.add((name, entry.question))
+            axes.scatter(intensity, analysis.rates(entry, ceilings).flops / unit, 34, _kind(entry)[0], alpha=0.85,
+                         marker=_MARKERS[entry.question], linewidths=0)  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         _plain_log_ticks(axes.xaxis, low, high)
-        _plain_log_ticks(axes.yaxis, low * memory_ceiling, gemm)
+        _plain_log_ticks(axes.yaxis, low * memory_ceiling, gemm or fastest)
         axes.set_xlabel("work per memory traffic (FLOP / byte)")
         axes.set_title(dtype, loc="left", fontweight="bold")
+        # The roof's two numbers stand above the axes, where no point can be.
+        product = f"matrix product {tables.rate(gemm, 'FLOP/s')}, " if gemm else ""
+        axes.set_title(f"{product}memory {tables.rate(memory_ceiling, 'B/s')}", loc="right", fontsize=8)
         axes.grid(which="both", alpha=0.2)
     columns[0].set_ylabel(f"work per second ({unit_name})")
-    handles, labels = columns[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _roofline_legend(figure, points)
     return figure
 
 
+def _roofline_legend(figure: Figure, points: list[Measurement]) -> None:
+    """Colours say who, shapes say what."""
+    who = {_kind(entry)[1]: _kind(entry)[0] for entry in points}
+    what = list(dict.fromkeys(entry.question for entry in points))
+    handles = [Line2D([], [], color=colour, marker="s", linestyle="", label=name) for name, colour in who.items()]
+    handles += [Line2D([], [], color=OTHER, marker=_MARKERS[name], linestyle="", label=name) for name in what]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+
+
 def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Numbers as one reads them (0.1, 20, 500) on a logarithmic axis that spans less than one decade or five of them: never
+    """Numbers as one reads them (0.1, 500, 20k) on a logarithmic axis that spans less than one decade or five of them: never
     one tick alone, never all in one another's way.
     """
     axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
     axis.set_minor_formatter(NullFormatter())
 
 

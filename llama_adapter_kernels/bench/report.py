@@ -59,18 +59,19 @@ def page(results: Results, figures: dict[str, str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    trusted = analysis.trusted_ceilings(results)
     races = [
         {
             "title": next(iter(race.values())).title,
             "mode": mode,
             "dtype": dtype,
-            "rows": [(entry.ours, tables.row(entry, race, results)) for entry in analysis.timed(race).values()],
+            "rows": [(entry.ours, tables.row(entry, race, trusted)) for entry in analysis.timed(race).values()],
         }
         for (_, mode, dtype), race in results.races().items()
     ]
     ceilings = [
         (name.replace("gemm_", "matrix product, "), tables.rate(value, "FLOP/s" if "gemm" in name else "B/s"))
-        for name, value in results.ceilings.items()
+        for name, value in trusted.items()
     ]
     template = environment.get_template("report.html.jinja")
     return template.render(

@@ -68,11 +68,13 @@ class Results:
         return found
 
     def save(self, path: Path) -> None:
-        """Writes the whole file anew, so that an interrupted run leaves a valid one."""
+        """Writes the whole file anew, so that an interrupted run leaves a valid one; one measurement per line."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        measurements = ",\n".join(json.dumps(entry) for entry in document.pop("measurements"))
+        head = json.dumps(document, indent=1).removesuffix("\n}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.write_text(f'{head},\n "measurements": [\n{measurements}\n]}}\n')
         temporary.replace(path)
 
 
@@ -101,6 +103,7 @@ def load(path: Path) -> Results:
         raise ResultError(f"{path}: measurements: expected a list, got {type(measurements).__name__}")
     for number, entry in enumerate(measurements):
         _check_fields(path, f"measurement {number}", entry, Measurement)
+        entry["quartiles"] = None if entry["quartiles"] is None else tuple(entry["quartiles"])
     return Results(**document, measurements=[Measurement(**entry) for entry in measurements])
 
 

@@ -2,19 +2,19 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from llama_adapter_kernels.bench import ceilings, machine, reasons
+from llama_adapter_kernels.bench import analysis, ceilings, machine, reasons
 from llama_adapter_kernels.bench.cases import PREFIX_LENGTH, BenchCase, Mode
-from llama_adapter_kernels.bench.measure import Budget, CpuClock, CudaClock, clock_for, race
+from llama_adapter_kernels.bench.measure import Budget, Call, CpuClock, CudaClock, Timing, race
 from llama_adapter_kernels.bench.peer import Peer
 from llama_adapter_kernels.bench.results import Measurement, Results
-from llama_adapter_kernels.bench.workload import Workload, make_workload, workloads
+from llama_adapter_kernels.bench.workload import Workload, make_workload
 from llama_adapter_kernels.testing import Deviation
 
 # A sweep over lengths draws these; the rest would only make it longer.
@@ -35,11 +35,15 @@ class Plan:
         return f"{self.case.name} {self.mode} {self.dtype}"
 
 
-def plan(chosen: list[BenchCase], device: torch.device, dtypes: list[str] | None = None) -> list[Plan]:
-    return [Plan(case, mode, dtype) for case in chosen for mode, dtype in workloads(case, device, dtypes)]
+def plan(chosen: list[BenchCase], dtypes: list[str] | None = None) -> list[Plan]:
+    """Every race of the cases, in the dtypes asked for."""
+    return [
+        Plan(case, mode, dtype)
+        for case in chosen for dtype in case.dtypes if not dtypes or dtype in dtypes for mode in case.modes
+    ]  # fmt: skip
 
 
-def known_peers(device: torch.device) -> dict[str, str]:
+def known_peers() -> dict[str, str]:
     """{name: label} of every contestant in any race; where one means different things, its first label."""
     from llama_adapter_kernels.bench import attention_peers, model_peers, packed_peers
 
@@ -64,24 +68,26 @@ def peers_of(case: BenchCase) -> list[Peer[Any]]:
     return tables.get(case.question, model_peers.MODEL)
 
 
-def check_peers(names: list[str] | None, device: torch.device) -> None:
-    """
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    known = known_peers(device)
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"peer: expected one of {', '.join(known)}; got {name!r}")
-
-
-def start(device: torch.device, budget: Budget, dtypes: tuple[str, ...], clock: CpuClock | CudaClock) -> Results:
-    """A result file without races: the machine and its ceilings."""
+def start(device: torch.device, budget: Budget, plans: list[Plan], clock: CpuClock | CudaClock) -> Results:
+    """A result file without races: the machine and its ceilings for the dtypes of the plans."""
     method = {"clock": clock.method, "order": "interleaved, shuffled every round", "figure": "median over rounds",
               "seconds_per_race": budget.seconds, "rounds": [budget.least_rounds, budget.most_rounds]}  # fmt: skip
     recorded = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    rates = ceilings.measure(device, dtypes, clock)
+    rates = ceilings.measure(device, ceiling_dtypes(plans), clock)
     return Results(machine.facts(device), method, rates, recorded)  # facts after work: an idle machine's clocks are low
+
+
+def ceiling_dtypes(plans: list[Plan]) -> list[str]:
+    """float32 always: where 16-bit products are slower, its rate is the ceiling of all."""
+    return list(dict.fromkeys(["float32", *(item.dtype for item in plans)]))
+
+
+def finish(found: Results, device: torch.device, clock: CpuClock | CudaClock) -> None:
+    """Measures the ceilings again where a contestant went beyond them: the machine was busy when they were measured."""
+    if analysis.trusted_ceilings(found) != found.ceilings:
+        dtypes = [name.removeprefix("gemm_") for name in found.ceilings if name.startswith("gemm_")]
+        for name, rate in ceilings.measure(device, dtypes, clock).items():
+            found.ceilings[name] = max(rate, found.ceilings[name])
 
 
 def run(
@@ -100,27 +106,34 @@ def run_race(
     workload: Workload, entrants: list[Peer[Any]], budget: Budget, clock: CpuClock | CudaClock
 ) -> list[Measurement]:
     """Checks, then times; a contestant that is wrong or cannot run is reported as that."""
-    found: dict[str, Measurement] = {}
-    calls: dict[str, Callable[[], object]] = {}
-    for peer in entrants:
-        entry = blank(workload, peer)
-        found[peer.name] = entry
-        call = admit(workload, peer, entry)
-        if call is not None:
-            calls[peer.name] = call
+    found, calls = admit_all(workload, entrants)
     timings, failed = race(calls, clock, budget, workload.case.cold)
-    for name, reason in failed.items():
-        found[name].reason = reason
-    for name, timing in timings.items():
-        entry = found[name]
-        entry.status, entry.reason = "timed", timing.note
-        entry.median, entry.quartiles = timing.median, (timing.first_quartile, timing.third_quartile)
-        entry.rounds, entry.repeats = timing.rounds, timing.repeats
-        entry.peak_memory = clock.peak_memory(calls[name])
+    enter(found, timings, failed)
+    for name in timings:
+        found[name].peak_memory = clock.peak_memory(calls[name])
     return list(found.values())
 
 
-def admit(workload: Workload, peer: Peer[Any], entry: Measurement) -> Callable[[], object] | None:
+def enter(found: dict[str, Measurement], timings: dict[str, Timing], failed: dict[str, str]) -> None:
+    """Writes what `race` returned into the measurements of its contestants."""
+    for name, entry in found.items():
+        if name in timings:
+            timing = timings[name]
+            entry.status, entry.reason = "timed", timing.note
+            entry.median, entry.quartiles = timing.median, (timing.first_quartile, timing.third_quartile)
+            entry.rounds, entry.repeats = timing.rounds, timing.repeats
+        elif name in failed:
+            entry.reason = failed[name]
+
+
+def admit_all(workload: Workload, entrants: list[Peer[Any]]) -> tuple[dict[str, Measurement], dict[str, Call]]:
+    """By name: the measurements to come of all entrants, and the calls of those that run and are right."""
+    found = {peer.name: blank(workload, peer) for peer in entrants}
+    admitted = {peer.name: admit(workload, peer, found[peer.name]) for peer in entrants}
+    return found, {name: call for name, call in admitted.items() if call is not None}
+
+
+def admit(workload: Workload, peer: Peer[Any], entry: Measurement) -> Call | None:
     """The call to be timed, if the peer runs and computes what the reference does; else why not, in `entry`."""
     reason = workload.reason(peer)
     if reason is not None:
@@ -168,7 +181,3 @@ def _entrants(workload: Workload, names: list[str] | None, quick: bool) -> list[
     if workload.case.sweep is not None and workload.case.name != "llama-7b":
         return [peer for peer in workload.peers if peer.name in SWEEP_PEERS]
     return list(workload.peers)
-
-
-__all__ = ["Plan", "admit", "blank", "check_peers", "clock_for", "known_peers", "machine", "peers_of", "plan", "run",
-           "run_race", "start"]  # fmt: skip

@@ -51,11 +51,11 @@ _DISPENSABLE = ("memory (of copy/read)", "compute (of GEMM)", "peak memory", "sp
 _NARROWEST_CONTESTANT = 28  # characters; longer names are continued on the next line
 
 
-def row(entry: Measurement, race: analysis.Race, results: Results) -> tuple[str, ...]:
+def row(entry: Measurement, race: analysis.Race, ceilings: dict[str, float]) -> tuple[str, ...]:
     """One line of the long table, as in COLUMNS."""
     assert entry.median is not None
     assert entry.quartiles is not None
-    rates = analysis.rates(entry, results.ceilings)
+    rates = analysis.rates(entry, ceilings)
     low, high = entry.quartiles
     return (
         entry.label,
@@ -71,7 +71,8 @@ def row(entry: Measurement, race: analysis.Race, results: Results) -> tuple[str,
 
 def terminal_table(results: Results, width: int) -> Table:
     """Every timed contestant of every race, in so many columns as `width` characters hold. Ratios above 1 are faster."""
-    races = {race: [(entry, row(entry, entries, results)) for entry in analysis.timed(entries).values()]
+    ceilings = analysis.trusted_ceilings(results)
+    races = {race: [(entry, row(entry, entries, ceilings)) for entry in analysis.timed(entries).values()]
              for race, entries in results.races().items()}  # fmt: skip
     shown = _columns_that_fit([cells for rows in races.values() for _, cells in rows], width)
     table = Table(title=_caption(shown), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -132,7 +133,11 @@ def remarks(results: Results) -> list[str]:
     for (kind, reason, peer), races in sorted(races_of.items()):
         peers_of.setdefault((kind, reason, tuple(races)), []).append(peer)
     count = len(results.races())
-    return [
+    busy = [
+        "the machine was busy when its ceilings were measured: contestants computed faster than its matrix products, "
+        "and no shares of their rate are shown"
+    ]
+    return (busy if analysis.trusted_ceilings(results) != results.ceilings else []) + [
         f"{list(_REMARKS.values())[kind]}: {', '.join(peers)} "
         f"({'every race' if len(races) == count else _some(races)}): {reason}"
         for (kind, reason, races), peers in peers_of.items()

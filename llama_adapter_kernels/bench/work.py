@@ -7,7 +7,7 @@ that recomputes the scores included, as in the papers of FlashAttention).
 
 from dataclasses import dataclass
 
-from llama_adapter_kernels.bench.cases import Mode, ModelShape
+from llama_adapter_kernels.bench.cases import INFERENCE, Mode, ModelShape
 from llama_adapter_kernels.testing import Problem
 
 BACKWARD_OVER_FORWARD = 2.5
@@ -68,24 +68,20 @@ def attention_work(problem: Problem, mode: Mode) -> Work:
 def model_work(model: ModelShape, mode: Mode, width: int, prefix: int) -> Work:
     """A Llama model with frozen weights: backward is one product per forward product (gradients of activations only).
 
-    Module cases (one layer, mode other than step) are the attention module alone: no feed-forward part, no head.
+    Module cases (modes forward and forward+backward) are the attention module alone: no feed-forward part, no head.
     """
     lengths = model.lengths or (model.sequence,) * model.batch
     tokens, inner, inner_kv = sum(lengths), model.heads_q * model.head_dim, model.heads_kv * model.head_dim
     weights = model.hidden * (2 * inner + 2 * inner_kv)
     pairs = sum(_pairs(length, length + model.cached, True) for length in lengths)
     attention = 4.0 * inner * (pairs + tokens * prefix)
-    if mode == "step":
-        weights += 3 * model.hidden * feed_forward_size(model)
-    head = model.hidden * model.vocabulary if mode == "step" else 0
+    whole = mode in ("step", "token")
+    if whole:
+        weights += 3 * model.hidden * model.inner
+    head = model.hidden * model.vocabulary if whole else 0
     products = 2.0 * tokens * (model.layers * weights + head)
-    passes = 1 if mode == "forward" else 2
-    flop = passes * products + (1 if mode == "forward" else 1 + BACKWARD_OVER_FORWARD) * model.layers * attention
+    passes = 1 if mode in INFERENCE else 2
+    flop = passes * products + (1 if mode in INFERENCE else 1 + BACKWARD_OVER_FORWARD) * model.layers * attention
     cache = 2.0 * model.batch * model.cached * inner_kv
     moved = width * passes * (model.layers * (weights + cache + 4 * tokens * model.hidden) + head)
     return Work(flop, moved)
-
-
-def feed_forward_size(model: ModelShape) -> int:
-    """Llama's 8/3 of the hidden size, in whole 64s."""
-    return (model.hidden * 8 // 3 + 63) // 64 * 64

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels import testing
-from llama_adapter_kernels.bench import attention_peers, machine, packed_peers
-from llama_adapter_kernels.bench.cases import BenchCase, Mode
+from llama_adapter_kernels.bench import attention_peers, ceilings, packed_peers
+from llama_adapter_kernels.bench.cases import INFERENCE, BenchCase, Mode
 from llama_adapter_kernels.bench.peer import Peer, Prepared
 from llama_adapter_kernels.bench.work import Work, attention_work
 from llama_adapter_kernels.testing import Deviation, Problem, Truth
@@ -27,11 +27,7 @@ class Workload(ABC):
 
     def __init__(self, case: BenchCase, mode: Mode, dtype: str, device: torch.device) -> None:
         self.case, self.mode, self.dtype, self.device = case, mode, dtype, device
-        self.backward = mode != "forward"
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.name} {self.mode} {self.dtype}"
+        self.backward = mode not in INFERENCE
 
     @abstractmethod
     def problem(self, prefix: bool) -> Any:
@@ -49,9 +45,9 @@ class Workload(ABC):
         return self._products_reason(peer) if reason is None and peer.products else reason
 
     def _products_reason(self, peer: Peer[Any]) -> str | None:
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or ceilings.has_instructions(self.dtype):
             return None
-        rate = machine.product_rate(self.dtype)
+        rate = ceilings.product_rates()[self.dtype]
         seconds = self.work(peer.prefix).flop / rate
         if seconds < LONGEST_CALL:
             return None
@@ -151,11 +147,6 @@ def _some_heads(name: str, tensor: Tensor, problem: Problem) -> Tensor:
         chosen = [group * head + i for head in chosen for i in range(group)]
     index = torch.tensor(chosen, device=tensor.device)
     return tensor.index_select(tensor.dim() - 1 if name == "gate" else 1, index)
-
-
-def workloads(case: BenchCase, device: torch.device, dtypes: list[str] | None = None) -> list[tuple[Mode, str]]:
-    """(mode, dtype) of every race of a case."""
-    return [(mode, dtype) for dtype in case.dtypes if not dtypes or dtype in dtypes for mode in case.modes]
 
 
 def make_workload(case: BenchCase, mode: Mode, dtype: str, device: torch.device) -> Workload:

@@ -22,7 +22,6 @@ Peers = Annotated[
 ]
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="Only this dtype; may be repeated.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
-_DTYPES = ("float32", "bfloat16")
 
 
 def bench(
@@ -47,13 +46,13 @@ def bench(
     """Time attention with an adapter against what one would write without this package.
 
     Every contestant is checked against the float64 reference before it is timed.
-    Ratios are over two SDPA calls and over plain SDPA; who could not run is listed with the reason.
+    Ratios are over two SDPA calls and over plain SDPA; contestants that cannot run are listed with the reason.
     --list shows the names of cases and contestants; `llama-adapter bench-report` makes a page of what --output keeps.
     """
     from rich.console import Console
 
     from llama_adapter_kernels.bench import results, runner, tables
-    from llama_adapter_kernels.bench.measure import FULL, QUICK
+    from llama_adapter_kernels.bench.measure import FULL, QUICK, clock_for
 
     place = _device(device)
     if show:
@@ -63,8 +62,8 @@ def bench(
     path = _result_path(output, place, quick)
     if path is not None and path.exists() and not resume:
         raise UserError(f"--output {path}: exists; --resume goes on with it, another name keeps it")
-    budget, clock = (QUICK if quick else FULL), runner.clock_for(place)
-    found = runner.start(place, budget, _DTYPES, clock)
+    budget, clock = (QUICK if quick else FULL), clock_for(place)
+    found = runner.start(place, budget, plans, clock)
     if path is not None and path.exists():
         try:
             earlier = results.load(path)
@@ -75,6 +74,9 @@ def bench(
         plans = [item for item in plans if (item.case.name, item.mode, item.dtype) not in done]
         found = earlier
     left = _run(plans, place, found, path, budget, clock, peer, quick, minutes)
+    runner.finish(found, place, clock)
+    if path is not None:
+        found.save(path)
     console = Console(width=None if Console().is_terminal else 150)
     if any(entry.median is not None for entry in found.measurements):
         console.print(tables.terminal_table(found, console.width))
@@ -186,15 +188,13 @@ def _plans(
 ) -> "list[Plan]":
     from llama_adapter_kernels.bench import cases, runner
 
-    for name in dtype or ():
-        if name not in _DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}; got {name!r}")
     try:
+        cases.check_names("dtype", dtype, cases.DTYPES)
+        cases.check_names("peer", peer, runner.known_peers())
         chosen = cases.select(place.type, case, quick)
-        runner.check_peers(peer, place)
     except ValueError as error:
         raise UserError(str(error)) from error
-    plans = runner.plan(chosen, place, dtype)
+    plans = runner.plan(chosen, dtype)
     if not plans:
         offered = "; ".join(f"{item.name}: {', '.join(item.dtypes)}" for item in chosen)
         raise UserError(f"dtype: no case has {', '.join(dtype or ())} on {place.type} ({offered})")
@@ -246,9 +246,10 @@ def _run(plans: "list[Plan]", place: "torch.device", found: "Results", path: Pat
 def _list(place: "torch.device") -> None:
     from llama_adapter_kernels.bench import cases, runner
 
-    typer.echo(f"Cases on {place.type} (* also in --quick):")
+    typer.echo(f"Cases on {place.type} (* also in --quick, - only by name):")
     for case in cases.cases(place.type).values():
-        typer.echo(f"  {case.name:<20} {'*' if case.quick else ' '} {case.title} ({', '.join(case.dtypes)})")
+        when = "-" if case.on_request else "*" if case.quick else " "
+        typer.echo(f"  {case.name:<20} {when} {case.title} ({', '.join(case.dtypes)})")
     typer.echo("Contestants:")
-    for name, label in runner.known_peers(place).items():
+    for name, label in runner.known_peers().items():
         typer.echo(f"  {name:<20}   {label}")

@@ -1,25 +1,24 @@
-"""What the demo measures: the held-out loss, and a training step with three ways to compute the same attention."""
+"""What the demo measures: the held-out loss, and a training step beside other ways to compute the same attention."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from statistics import median
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
-from llama_adapter_kernels.ops import reference
-from llama_adapter_kernels.ops.backends import use_backend
+from llama_adapter_kernels.bench.cases import BenchCase, ModelShape
+from llama_adapter_kernels.bench.measure import Budget, CpuClock
+from llama_adapter_kernels.bench.runner import run_race
+from llama_adapter_kernels.bench.workload import make_workload
 from llama_adapter_kernels.training.data import Example
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.trainer import response_loss
 
 _BATCH_TOKENS = 4096  # of a packed evaluation batch, more or less
 TIMED_SHAPE = (8, 256)  # sequences, tokens
-ROUNDS = 5
+BUDGET = Budget(seconds=5.0, least_rounds=5, most_rounds=15)
+# Contestants of `llama-adapter bench`, this package first, as the report names them.
+CONTESTANTS = {"ours-adapter": "fused (this package)", "two-sdpa": "two scaled_dot_product_attention calls",
+               "eager": "eager", "peft": "PEFT AdaptionPrompt"}  # fmt: skip
 
 
 @torch.no_grad()
@@ -36,73 +35,22 @@ def held_out_loss(model: nn.Module, examples: Sequence[Example]) -> float:
 
 
 def step_times(model: nn.Module) -> dict[str, float]:
-    """Median seconds of a training step (forward and backward) for each way to compute the attention.
+    """Median seconds of a training step (forward, backward, optimizer) for each way to compute the attention, by label.
 
-    The ways take turns, so that a busy moment of the machine hits all of them.
+    `llama-adapter bench` times a model of the same shape with an adapter in every layer: the contestants are checked
+    against each other and take turns. One that cannot run here is left out.
     """
-    tokens = torch.randint(3, model.config.vocab_size, TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
-    ways: dict[str, Callable[..., Tensor] | None] = {
-        "fused (this package)": None,
-        "two scaled_dot_product_attention calls": two_calls,
-        "eager": eager,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_number in range(ROUNDS + 1):
-        for name, way in ways.items():
-            with attention_replaced(way):
-                started = time.perf_counter()
-                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-                if round_number > 0:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - started)
-            model.zero_grad(set_to_none=True)
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def two_calls(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor, **options: Any) -> Tensor:
-    """The best there is without a fused kernel: two attention calls and a multiply-add."""
-    prefix_key, prefix_value, gate = prefix
-    scale, mask = options["scale"], options["attn_mask"]
-    words = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=options["is_causal"], scale=scale, enable_gqa=True
-    )
-    prefix_key, prefix_value = (t.expand(query.shape[0], -1, -1, -1) for t in (prefix_key, prefix_value))
-    adapted = scaled_dot_product_attention(query, prefix_key, prefix_value, scale=scale, enable_gqa=True)
-    return words + gate.to(query.dtype)[:, :, None, None] * adapted
-
-
-def eager(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor, **options: Any) -> Tensor:
-    """Matrix products and softmax one after the other, as the original implementation has it."""
-    prefix_key, prefix_value, gate = prefix
-    group, scale, mask = query.shape[1] // key.shape[1], options["scale"], options["attn_mask"]
-    key, value, prefix_key, prefix_value = (
-        t.repeat_interleave(group, dim=1) for t in (key, value, prefix_key, prefix_value)
-    )
-    scores = scale * (query @ key.transpose(-1, -2))
-    if options["is_causal"]:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    words = torch.softmax(scores, dim=-1) @ value
-    adapted = torch.softmax(scale * (query @ prefix_key.transpose(-1, -2)), dim=-1) @ prefix_value
-    return words + gate.to(query.dtype)[:, :, None, None] * adapted
-
-
-@contextmanager
-def attention_replaced(way: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Within the context the adapted layers compute their attention by `way`; None: by the package's own kernels.
-
-    `way` stands in for the eager reference, which the public functions call with checked arguments.
-    """
-    if way is None:
-        yield
-        return
-    original = reference.forward
-    reference.forward = lambda *tensors, **options: (way(*tensors, **options), None)
-    try:
-        with use_backend("reference"):
-            yield
-    finally:
-        reference.forward = original
+    config, (batch, sequence) = model.config, TIMED_SHAPE
+    shape = ModelShape(
+        hidden=config.hidden_size, heads_q=config.num_attention_heads, heads_kv=config.num_key_value_heads,
+        head_dim=config.head_dim, layers=config.num_hidden_layers, batch=batch, sequence=sequence,
+        vocabulary=config.vocab_size, feed_forward=config.intermediate_size,
+    )  # fmt: skip
+    case = BenchCase("demo", "Training step of the demo's model", "training", model=shape)
+    workload = make_workload(case, "step", "float32", torch.device("cpu"))
+    by_name = {peer.name: peer for peer in workload.peers}
+    found = run_race(workload, [by_name[name] for name in CONTESTANTS], BUDGET, CpuClock())
+    return {CONTESTANTS[entry.peer]: entry.median for entry in found if entry.median is not None}
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from llama_adapter_kernels.bench import cases, machine, measure, regression, results, runner
@@ -23,7 +22,7 @@ class MadeUp:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **ours: list[float]) -> None:
         self.ours, self.ran = ours, []
         self.not_timed = ("wrong", "differs from the reference: output: error 1")
-        plans = [plan for plan in runner.plan(cases.select("cpu"), torch.device("cpu"))
+        plans = [plan for plan in runner.plan(cases.select("cpu"))
                  if (plan.case.name, plan.mode, plan.dtype) in RACES]  # fmt: skip
         monkeypatch.setattr(runner, "plan", lambda *arguments: list(plans))
         monkeypatch.setattr(runner, "run", self.run)
@@ -32,7 +31,6 @@ class MadeUp:
         )
         monkeypatch.setattr(machine, "facts", lambda device: MACHINE)
         monkeypatch.setattr(measure, "clock_for", lambda device: None)
-        monkeypatch.setattr(runner, "clock_for", lambda device: None)
 
     def run(self, plans: list[runner.Plan], *arguments: object):
         for plan in plans:

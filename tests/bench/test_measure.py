@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_adapter_kernels.bench import measure
+from llama_adapter_kernels.bench import ceilings, measure, runner
 from llama_adapter_kernels.bench.measure import FULL, QUICK, Budget, CpuClock, CudaClock, race
+from tests.bench.test_results import example
 
 
 def breaks() -> None:
@@ -38,6 +39,41 @@ def test_what_takes_longer_than_the_race_is_timed_once() -> None:
     assert timings["endless"].spread == 0
     assert timings["endless"].median == pytest.approx(0.1, rel=0.5)
     assert timings["fast"].rounds >= 3
+
+
+class Busy:
+    """A clock on whose machine the first rounds are disturbed: every call takes other times than it needs."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds = iter(seconds)
+
+    def begin(self) -> None:
+        pass
+
+    def ready(self, call: measure.Call) -> measure.Ready:
+        return measure.Ready(call)
+
+    def sample(self, call: measure.Call, repeats: int, cold: bool) -> float:
+        return next(self.seconds)
+
+
+def test_a_probe_goes_on_until_its_best_repeats_itself() -> None:
+    """Six rounds on a busy machine once made a processor look as if it lacked instructions."""
+    busy = Busy(0.9, 0.7, 0.8, 0.6, 0.75, 0.5, 0.104, 0.3, 0.10, 99.0)
+    assert measure.undisturbed({"probe": lambda: None}, busy, longest=60) == {"probe": 0.10}
+    quiet = Busy(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 99.0)
+    assert measure.undisturbed({"probe": lambda: None}, quiet, longest=60) == {"probe": 0.1}
+
+
+def test_ceilings_that_were_exceeded_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = example()
+    again = {"gemm_float32": 2e12, "copy": 1e9, "read": 3e10}
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, clock: again)
+    runner.finish(found, torch.device("cpu"), CpuClock())
+    assert found.ceilings == example().ceilings  # nothing exceeded them
+    found.ceilings["gemm_float32"] = 1e11
+    runner.finish(found, torch.device("cpu"), CpuClock())
+    assert found.ceilings == {"gemm_float32": 2e12, "copy": 1e10, "read": 3e10}
 
 
 def test_limited_time_is_shared() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
+from llama_adapter_kernels.bench.attention_peers import two_calls
 from llama_adapter_kernels.testing import Case, make_problem
 
 BACKENDS = ("cpu", "reference")
@@ -59,11 +60,9 @@ def test_order_of_slots_does_not_matter(backend: str) -> None:
 @pytest.mark.parametrize("gate_value", [0.7, -1.3])
 def test_equals_two_attention_calls(backend: str, gate_value: float) -> None:
     q, k, v, pk, pv, _ = tensors(Case(heads_q=4, heads_kv=2, seq_q=65, seq_k=65))
-    two = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    two = two + gate_value * F.scaled_dot_product_attention(
-        q, pk.expand(2, -1, -1, -1), pv.expand(2, -1, -1, -1), enable_gqa=True
-    )
-    one = zero_gate_attention(q, k, v, pk, pv, torch.tensor(gate_value), is_causal=True, backend=backend)
+    gate = torch.tensor(gate_value)
+    two = two_calls(q, k, v, pk, pv, gate, attn_mask=None, is_causal=True)
+    one = zero_gate_attention(q, k, v, pk, pv, gate, is_causal=True, backend=backend)
     torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-5)
 
 
