@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from llama_adapter_kernels.bench import cases, machine, measure, regression, results, runner
 from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.commands import bench as cli
-from tests.bench.test_results import example, measurement
+from tests.support.made_up_results import example, measurement
 
 RACES = [("llama-7b", "forward", "float32"), ("llama-1b", "forward", "float32")]
 MACHINE = {"cpu": "Some CPU", "threads": 2, "our_instruction_set": "avx512", "torch": "2.13.0", "commit": "abc"}

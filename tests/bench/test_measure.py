@@ -9,7 +9,7 @@ import torch
 
 from llama_adapter_kernels.bench import ceilings, measure, runner
 from llama_adapter_kernels.bench.measure import FULL, QUICK, Budget, CpuClock, CudaClock, race
-from tests.bench.test_results import example
+from tests.support.made_up_results import example
 
 
 def breaks() -> None:
