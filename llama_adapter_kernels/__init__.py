@@ -14,15 +14,37 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llama_adapter_kernels.adapters.config import AdapterConfig
     from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
-    from llama_adapter_kernels.integrations.transformers.attach import attach_adapter, detach_adapter, load_adapter
+    from llama_adapter_kernels.integrations.architectures import Architecture, Fused, Heads, Separate
+    from llama_adapter_kernels.integrations.attach import (
+        adapters_per_sequence,
+        attach_adapter,
+        attached_adapters,
+        detach_adapter,
+        limit_frozen_prefixes,
+        load_adapter,
+        set_adapter,
+    )
+    from llama_adapter_kernels.integrations.registry import known_architectures, register_architecture
+    from llama_adapter_kernels.integrations.transformers.trainer import AdapterTrainerMixin
 
-# Loaded when first used: the operation alone needs neither of these modules.
+# Loaded when first used: the operation alone needs none of these modules.
 _LAZY = {
     "AdapterConfig": "adapters.config",
+    "AdapterTrainerMixin": "integrations.transformers.trainer",
+    "Architecture": "integrations.architectures",
+    "Fused": "integrations.architectures",
+    "Heads": "integrations.architectures",
+    "Separate": "integrations.architectures",
     "ZeroGateAdapter": "integrations.adapter",
-    "attach_adapter": "integrations.transformers.attach",
-    "detach_adapter": "integrations.transformers.attach",
-    "load_adapter": "integrations.transformers.attach",
+    "adapters_per_sequence": "integrations.attach",
+    "attach_adapter": "integrations.attach",
+    "attached_adapters": "integrations.attach",
+    "detach_adapter": "integrations.attach",
+    "known_architectures": "integrations.registry",
+    "limit_frozen_prefixes": "integrations.attach",
+    "load_adapter": "integrations.attach",
+    "register_architecture": "integrations.registry",
+    "set_adapter": "integrations.attach",
 }
 
 
@@ -36,11 +58,22 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AdapterConfig",
+    "AdapterTrainerMixin",
+    "Architecture",
+    "Fused",
+    "Heads",
+    "Separate",
     "ZeroGateAdapter",
+    "adapters_per_sequence",
     "attach_adapter",
+    "attached_adapters",
     "available_backends",
     "detach_adapter",
+    "known_architectures",
+    "limit_frozen_prefixes",
     "load_adapter",
+    "register_architecture",
+    "set_adapter",
     "use_backend",
     "zero_gate_attention",
     "zero_gate_attention_varlen",

@@ -1,8 +1,9 @@
 """The adapter of one model, as users hold it: its parameters, and the way to and from files."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,52 +12,97 @@ from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.state import AdapterState
 from llama_adapter_kernels.formats import native
+from llama_adapter_kernels.formats.checking import check_state
+from llama_adapter_kernels.integrations.gathering import gathered, is_writer
+
+if TYPE_CHECKING:
+    from llama_adapter_kernels.integrations.attachment import Attachment
 
 
 class ZeroGateAdapter(nn.Module):
-    """The parameters of one adapter and the model they belong to; what `attach_adapter` and `load_adapter` return.
+    """The parameters of one adapter of one model; what `attach_adapter` and `load_adapter` return.
 
     Args:
         config: see AdapterConfig.
         base: facts of the model that a saved adapter must find again: model_type, hidden_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, head_dim.
         devices: of every layer of the model; an adapted layer's parameters live where the layer does.
+
+    Attributes:
+        name: of the adapter in its model.
+        layers: the AdapterLayers by layer number (as text), the same objects as in the model.
+        leftover: what came with a loaded adapter and has no place in it; saved with it again.
     """
 
     def __init__(self, config: AdapterConfig, base: dict[str, Any], devices: Sequence[torch.device]) -> None:
         super().__init__()
-        self.config, self.base = config, base
+        self.config, self.base, self.name = config, base, ""
+        self.leftover: dict[str, Tensor] = {}
+        self.attachment: Attachment | None = None
         numbers = config.layer_numbers(base["num_hidden_layers"])
         hidden_size, heads = base["hidden_size"], base["num_attention_heads"]
         self.layers = nn.ModuleDict({str(n): AdapterLayer(config, hidden_size, heads, devices[n]) for n in numbers})
 
     def num_parameters(self) -> int:
-        """Trainable parameters: prompts and gates."""
+        """Prompts and gates, counted."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def gates(self) -> dict[int, Tensor]:
         """What multiplies the prefix branch, by layer number: [heads] or [1], float32, detached."""
         return {int(n): layer.effective_gate().detach() for n, layer in self.layers.items()}
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapter into the folder `path`, in this package's own format (formats/native.py).
+
+        Parameters that are sharded (FSDP2, ZeRO-3) or offloaded are gathered: all processes must call this then. In a
+        process group rank 0 alone writes.
+
+        Args:
+            tensors: by name, as in an AdapterState, where the caller has gathered them already.
 
         Raises:
             OSError: the folder cannot be written; files that were there stay whole.
+            ValueError: the parameters are not whole (in FSDP1: save inside `summon_full_params`), or not finite.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        native.write(path, AdapterState(self.config, self.base, tensors))
+        found = dict(tensors or {})
+        for number, layer in self.layers.items():
+            for name, _ in layer.named_parameters():
+                if f"layers.{number}.{name}" not in found:
+                    found[f"layers.{number}.{name}"] = gathered(layer, name)
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        state = AdapterState(self.config, self.base, found, self.leftover)
+        check_state(state, f"adapter {self.name!r}")
+        if is_writer():
+            native.write(path, state)
 
     def load_tensors(self, state: AdapterState, source: str) -> None:
         """Fills prompts and gates from `state`; `source` names it in messages.
 
         Raises:
-            ValueError: names or shapes differ; the message gives both.
+            ValueError: names, shapes, dtypes or values are not those of this adapter; the message gives both.
         """
-        own = self.state_dict()
-        if state.tensors.keys() != own.keys():
-            raise ValueError(f"{source}: expected tensors {sorted(own)}, got {sorted(state.tensors)}")
-        for name, tensor in state.tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{source}: {name}: expected shape {list(own[name].shape)}, got {list(tensor.shape)}")
+        check_state(replace(state, config=self.config, base=self.base), source)
         self.load_state_dict(state.tensors)
+        self.leftover = state.leftover
+        if self.attachment is not None and self.name in self.attachment.frozen_names:
+            self.attachment.frozen.forget(self.name)
+
+    def freeze_prefix(self) -> None:
+        """Declares prompts, gates and the projections they go through final, for serving.
+
+        Keys and values of the prompts are computed at their next use and kept, for every call that asks for no gradient
+        of them, until `thaw_prefix`, `set_adapter` or `load_tensors`. What is changed meanwhile in any other way is not
+        noticed. `lak.limit_frozen_prefixes` bounds the memory.
+
+        Raises:
+            ValueError: the adapter is attached to no model.
+        """
+        if self.attachment is None:
+            raise ValueError(f"adapter {self.name!r}: expected one that is attached to a model, it is detached")
+        self.requires_grad_(False)
+        self.attachment.freeze(self.name)
+
+    def thaw_prefix(self) -> None:
+        """Takes `freeze_prefix` back; the parameters stay without gradients until `set_adapter`."""
+        if self.attachment is not None:
+            self.attachment.thaw(self.name)

@@ -1,12 +1,49 @@
 """Which parameters of a model require gradients: frozen when an adapter comes, given back when it goes."""
 
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
 from torch import nn
 
 
-def freeze(model: nn.Module) -> dict[str, bool]:
-    """Freezes every parameter of `model`. Returns `requires_grad` by parameter name, for `restore`."""
+def freeze(model: nn.Module, keep: Sequence[str] | None, chosen: set[int]) -> dict[str, bool]:
+    """Freezes the parameters of `model`.
+
+    Args:
+        keep: names of parameters or modules that stay as they are; `*` stands for anything. None: no one, with a warning
+            where that undoes a choice.
+        chosen: parameters (by id) that somebody seems to mean to train, such as those of a fresh head.
+
+    Returns:
+        `requires_grad` by parameter name as it was, for `restore`.
+
+    Raises:
+        ValueError: a name in `keep` is that of no parameter.
+    """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
+    if isinstance(keep, str):
+        raise ValueError(f"trainable: expected a list of names, got {keep!r}")
+    for pattern in keep or ():
+        if not any(_matches(name, pattern) for name in before):
+            raise ValueError(f"trainable: expected names of the model's parameters or modules, got {pattern!r:.120}")
+    # Where a part of the model is frozen already, what is not has been chosen to train (LoRA, bias tuning, ...).
+    all_train = all(before.values())
+    lost = []
+    for name, parameter in model.named_parameters():
+        if any(_matches(name, pattern) for pattern in keep or ()):
+            continue
+        if before[name] and (not all_train or id(parameter) in chosen):
+            lost.append(name)
+        parameter.requires_grad_(False)
+    if lost and keep is None:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        warnings.warn(
+            f"attaching an adapter froze {', '.join(lost[:3])}{more}, which looked chosen for training; trainable=[...] "
+            "with names (or parts of names and *) keeps them trainable, trainable=[] freezes them without this warning",
+            stacklevel=4,
+        )
     return before
 
 
@@ -14,3 +51,21 @@ def restore(model: nn.Module, before: dict[str, bool]) -> None:
     """Gives every parameter the `requires_grad` it had at `freeze`; parameters that are new since then keep theirs."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))
+
+
+def heads(model: Any) -> set[int]:
+    """The parameters (by id) on top of the base model, without those that predict tokens: usually fresh ones."""
+    base = getattr(model, "base_model", model)
+    if base is model:
+        classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # timm
+        return {id(parameter) for parameter in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
+    inside = {id(parameter) for parameter in base.parameters()}
+    words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for child in model.children():
+        if words is not None and any(module is words for module in child.modules()):
+            inside |= {id(parameter) for parameter in child.parameters()}
+    return {id(parameter) for parameter in model.parameters()} - inside
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)

@@ -75,7 +75,7 @@ def test_parameters_start_as_the_paper_says_and_stay_float32() -> None:
         assert layer.gate.shape == (1,) and (layer.gate == 0).all()
         assert abs(layer.prompt.mean()) < 0.1 and abs(layer.prompt.std() - 1) < 0.1
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"model.layers.{i}.self_attn.zero_gate.{p}" for i in (1, 2) for p in ("prompt", "gate")
+        f"model.layers.{i}.self_attn.zero_gate.default.{p}" for i in (1, 2) for p in ("prompt", "gate")
     }
     assert model(TOKENS).logits.dtype == torch.bfloat16
 
@@ -136,17 +136,6 @@ def test_prompts_and_gates_learn_in_every_step_after_an_evaluation() -> None:
         optimizer.step()
         with torch.no_grad():
             assert not torch.equal(before, model(TOKENS).logits)
-
-
-def test_kept_prefix_follows_the_weights() -> None:
-    model, adapter = adapted()
-    with torch.no_grad():
-        model(TOKENS)
-        model.model.layers[0].self_attn.k_proj.weight.mul_(2.0)
-        kept = model(TOKENS).logits
-        for layer in adapter.layers.values():
-            layer._cache.clear()
-        assert torch.equal(kept, model(TOKENS).logits)
 
 
 def test_projection_may_be_any_callable() -> None:
@@ -228,14 +217,8 @@ def test_wrong_files_and_models_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_supported_says_so() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with pytest.raises(ValueError, match=r"expected a transformers model of type llama, .* got gpt2"):
-        lak.attach_adapter(
-            GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)), lak.AdapterConfig()
-        )
     model, _ = adapted()
-    with pytest.raises(ValueError, match="expected one without an adapter"):
+    with pytest.raises(ValueError, match="adapter 'default': expected a name that is not taken"):
         lak.attach_adapter(model, lak.AdapterConfig())
     with pytest.raises(ValueError, match=r"num_layers: expected 1 to 3 .*, got 9"):
         lak.attach_adapter(build(), lak.AdapterConfig(num_layers=9))
@@ -244,7 +227,7 @@ def test_what_is_not_supported_says_so() -> None:
             lak.AdapterConfig(**wrong)
     dropped = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.1)).train()
     lak.attach_adapter(dropped, lak.AdapterConfig())
-    with pytest.raises(ValueError, match="attention_dropout: expected 0"):
+    with pytest.raises(ValueError, match="attention dropout: expected 0"):
         dropped(TOKENS)
 
 
@@ -269,8 +252,6 @@ def test_a_model_that_wants_attention_probabilities_is_refused() -> None:
     model.config.output_attentions = True
     with pytest.raises(ValueError, match=r"output_attentions: expected False .* got True"):
         lak.attach_adapter(model, lak.AdapterConfig())
-    with pytest.raises(ValueError, match=r"layers: expected different numbers from 0 to 2, got \[\]"):
-        lak.attach_adapter(build(), lak.AdapterConfig(layers=()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -295,7 +276,7 @@ def test_models_with_other_heads_or_none() -> None:
 
     for kind in (LlamaForSequenceClassification, LlamaModel):
         model = kind(LlamaConfig(**SHAPE)).eval()
-        adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=3, num_layers=2))
+        adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=3, num_layers=2), trainable=[])
         before = model(TOKENS)[0]
         with torch.no_grad():
             adapter.layers["1"].gate.fill_(1.0)

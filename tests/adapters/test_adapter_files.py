@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import llama_adapter_kernels as lak
 from tests.support.small_models import TOKENS, adapted, build
@@ -153,3 +154,45 @@ def test_a_wrong_base_model_is_named_with_the_right_one(tmp_path: Path, name: st
     adapter.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         lak.load_adapter(build(name), tmp_path)
+
+
+def test_numbers_that_are_none_are_not_saved(tmp_path: Path) -> None:
+    _, adapter = adapted()
+    with torch.no_grad():
+        adapter.layers["1"].gate[0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.gate: expected finite"):
+        adapter.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_half_precision_files_load(tmp_path: Path) -> None:
+    _, adapter = adapted()
+    adapter.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "adapter.safetensors")
+    loaded = lak.load_adapter(build(), tmp_path)
+    assert torch.equal(loaded.layers["1"].prompt, state["layers.1.prompt"].bfloat16().float())
+
+
+def test_a_broken_file_leaves_the_model_alone(tmp_path: Path) -> None:
+    _, adapter = adapted()
+    adapter.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter.safetensors")
+    state["layers.1.prompt"][3, 7] = float("inf")
+    save_file(state, tmp_path / "adapter.safetensors")
+    model = build()
+    with pytest.raises(ValueError, match=r"layers\.1\.prompt: expected finite"):
+        lak.load_adapter(model, tmp_path)
+    assert not any("zero_gate" in name for name, _ in model.named_modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_files_are_not_taken_for_those_of_peft(tmp_path: Path) -> None:
+    """transformers looks for adapter_config.json in any folder and would hand this one to PEFT."""
+    from transformers.utils import find_adapter_config_file
+
+    _, adapter = adapted()
+    adapter.save_pretrained(tmp_path)
+    assert find_adapter_config_file(str(tmp_path)) is None
+    with pytest.raises((OSError, ValueError), match=r"model_type|config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -8,10 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from llama_adapter_kernels.integrations.transformers.attach import _register
-from llama_adapter_kernels.integrations.transformers.masks import Packed, Window, read_mask
+from llama_adapter_kernels.integrations.transformers import connect  # noqa: F401  (registers the mask function)
+from llama_adapter_kernels.integrations.transformers.masks import CompactMask, Packed, Window
 
-_register()
 HEADS, WIDTH = 2, 4
 
 
@@ -42,7 +41,7 @@ def cache(kind: str, batch: int, past: int, sliding_window: int | None, room: in
 def both(
     batch: int, length: int, kind: str = "none", past: int = 0, padding: Tensor | None = None,
     position_ids: Tensor | None = None, window: int | None = None, room: int = 24,
-) -> tuple[Tensor | Packed | Window | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor | CompactMask | None, Tensor]:  # fmt: skip
     """(the compact mask, transformers' mask [B, 1, Sq, Sk] as bool) of the same forward pass."""
     masks = []
     for implementation in ("zero_gate", "eager"):
@@ -53,18 +52,19 @@ def both(
                 cache(kind, batch, past, window, room), position_ids,
             )
         )  # fmt: skip
-    return read_mask(masks[0]), masks[1] == 0
+    return masks[0], masks[1] == 0
 
 
-def expand(mask: Tensor | Packed | Window | None, like: Tensor) -> Tensor:
+def expand(mask: Tensor | CompactMask | None, like: Tensor) -> Tensor:
     """What the operation computes from a compact mask, as a bool mask. `like`: bool [B, 1, Sq, Sk]."""
     batch, _, length, keys = like.shape
     queries, places = torch.arange(length)[:, None], torch.arange(keys)[None]
     if mask is None:
         return (places <= queries + keys - length).expand(batch, 1, -1, -1)
     if isinstance(mask, Window):
-        start, end = (x.view(batch, 1, 1, 1) for x in mask)
-        return (places >= start) & (places < end) & (places <= queries + end - length)
+        start, end = (x.view(batch, 1, 1, 1) for x in (mask.start, mask.end))
+        inside = (places >= start) & (places < end)
+        return inside & (places <= queries + end - length) if mask.causal else inside.expand(batch, 1, length, keys)
     if isinstance(mask, Packed):
         number = torch.bucketize(torch.arange(batch * length), mask.offsets, right=True).view(batch, length)
         assert mask.longest == mask.offsets.diff().max()
@@ -72,7 +72,7 @@ def expand(mask: Tensor | Packed | Window | None, like: Tensor) -> Tensor:
     return mask.expand(batch, 1, length, keys)
 
 
-def assert_same(compact: Tensor | Packed | Window | None, expected: Tensor, padding: Tensor | None = None) -> None:
+def assert_same(compact: Tensor | CompactMask | None, expected: Tensor, padding: Tensor | None = None) -> None:
     """Rows of padding tokens are the caller's to ignore."""
     real = torch.ones(expected.shape[:3], dtype=torch.bool)
     if padding is not None:

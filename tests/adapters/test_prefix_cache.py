@@ -1,14 +1,19 @@
-"""Kept prefix keys and values are never stale, and are kept where they can be."""
+"""Prefix keys and values are never stale: they live no longer than a generation, unless they were frozen by hand."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import DynamicCache, StaticCache
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.adapters.layer import AdapterLayer
+from llama_adapter_kernels.integrations.attachment import Generation, _mark
+from llama_adapter_kernels.integrations.slot import Slot
 from tests.support.small_models import TOKENS, adapted, build
 
 
@@ -17,37 +22,25 @@ def logits(model: nn.Module) -> Tensor:
         return model(TOKENS).logits
 
 
-def fresh(model: nn.Module) -> Tensor:
-    for module in model.modules():
-        if isinstance(module, AdapterLayer):
-            module._cache.clear()
-    return logits(model)
-
-
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a layer computes its prefix."""
     calls: list[int] = []
-    original = AdapterLayer._compute
-    monkeypatch.setattr(AdapterLayer, "_compute", lambda *a: calls.append(1) or original(*a))
+    original = Slot.forward
+    monkeypatch.setattr(Slot, "forward", lambda *a: calls.append(1) or original(*a))
     return calls
 
 
-def test_computed_once_for_inference(computed: list[int]) -> None:
+def test_computed_once_per_generation(computed: list[int]) -> None:
     model, _ = adapted()
-    for _ in range(3):
-        logits(model)
+    for _ in range(2):
+        model.generate(TOKENS[:, :4], max_new_tokens=5, do_sample=False)
+    assert len(computed) == 2 * 3
     with torch.inference_mode():
-        model(TOKENS)
-    model.generate(TOKENS[:, :4], max_new_tokens=5, do_sample=False)
-    assert len(computed) == 3
-    model.train()
+        model.generate(TOKENS[:, :4], max_new_tokens=5, do_sample=False, num_beams=2)
+    assert len(computed) == 3 * 3
     logits(model)
-    assert len(computed) == 6
-    model.eval()
-    logits(model)
-    logits(model)
-    assert len(computed) == 9
+    assert len(computed) == 4 * 3
 
 
 class Doubled(nn.Linear):
@@ -62,28 +55,40 @@ def exchange(module: nn.Module, name: str) -> None:
     setattr(module, name, new)
 
 
+class Halved(nn.Module):
+    """A parametrization with a state of its own that is no tensor."""
+
+    factor = 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def parametrized(model: nn.Module) -> None:
+    parametrize.register_parametrization(first(model).v_proj, "weight", Halved())
+    first(model).v_proj.parametrizations.weight[0].factor = 0.5
+
+
+def flattened(model: nn.Module) -> None:
+    """As FSDP1 does: parameters become views of one tensor, which is then written to."""
+    layer = adapter_layer(model)
+    flat = torch.cat([layer.prompt.data.flatten(), layer.gate.data])
+    layer.prompt.data, layer.gate.data = flat[:-4].view(4, 48), flat[-4:]
+    flat.mul_(-2)
+
+
 def first(model: nn.Module) -> nn.Module:
     return model.model.layers[0].self_attn
 
 
-CHANGES = {
-    "prompt in place": lambda m: first(m).zero_gate.prompt.add_(1),
-    "gate in place": lambda m: first(m).zero_gate.gate.add_(1),
-    "new prompt": lambda m: setattr(first(m).zero_gate, "prompt", nn.Parameter(torch.ones(4, 48))),
-    "gate through .data": lambda m: setattr(first(m).zero_gate.gate, "data", torch.full((4,), -2.0)),
-    "k_proj weight": lambda m: first(m).k_proj.weight.mul_(2),
-    "v_proj bias": lambda m: first(m).v_proj.bias.add_(1),
-    "v_proj exchanged": lambda m: exchange(first(m), "v_proj"),
-    "k_proj weight exchanged": lambda m: setattr(first(m).k_proj, "weight", nn.Parameter(first(m).k_proj.weight * 2)),
-    "k_proj weight turned, same memory": lambda m: setattr(
-        first(m).k_proj, "weight", nn.Parameter(first(m).k_proj.weight.data.T)
-    ),
-    "v_proj hooked": lambda m: first(m).v_proj.register_forward_hook(lambda mod, args, out: out + 1),
-    "forward exchanged": lambda m: setattr(first(m).v_proj, "forward", lambda x: x[..., :48] * 0.5),
-    "state dict": lambda m: m.load_state_dict({n: t * 1.5 for n, t in m.state_dict().items()}),
-    "optimizer": lambda m: step(m),
-    "dtype and back": lambda m: m.to(torch.bfloat16).to(torch.float32),
-}
+def adapter_layer(model: nn.Module) -> nn.Module:
+    return first(model).zero_gate.layer("default")
+
+
+def ema_swap(model: nn.Module) -> None:
+    for layer in lak.attached_adapters(model)["default"].layers.values():
+        for parameter in layer.parameters():
+            parameter.data.copy_(parameter * 0)
 
 
 def step(model: nn.Module) -> None:
@@ -94,68 +99,229 @@ def step(model: nn.Module) -> None:
     optimizer.step()
 
 
+CHANGES = {
+    "prompt in place": lambda m: adapter_layer(m).prompt.add_(1),
+    "EMA swap through .data": ema_swap,
+    "gate through .data": lambda m: setattr(adapter_layer(m).gate, "data", torch.full((4,), -2.0)),
+    "new prompt": lambda m: setattr(adapter_layer(m), "prompt", nn.Parameter(torch.ones(4, 48))),
+    "flattened": flattened,
+    "k_proj weight": lambda m: first(m).k_proj.weight.mul_(2),
+    "k_proj weight through .data": lambda m: first(m).k_proj.weight.data.mul_(2),
+    "v_proj bias": lambda m: first(m).v_proj.bias.add_(1),
+    "v_proj exchanged": lambda m: exchange(first(m), "v_proj"),
+    "v_proj parametrized": parametrized,
+    "v_proj hooked": lambda m: first(m).v_proj.register_forward_hook(lambda mod, args, out: out + 1),
+    "forward exchanged": lambda m: setattr(first(m).v_proj, "forward", lambda x: x[..., :48] * 0.5),
+    "state dict": lambda m: m.load_state_dict({n: t * 1.5 for n, t in m.state_dict().items()}),
+    "optimizer": step,
+}
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_follows_every_change(change: str) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_follows_every_change(change: str, cache: str) -> None:
+    """Between two calls and between two generations with one cache object, of one and of several tokens."""
     model, _ = adapted("llama multi-head with biases")
-    before = logits(model)
+
+    def generation(past: object, tokens: int) -> Tensor:
+        past.reset()
+        with torch.no_grad():
+            model(TOKENS[:, :tokens], past_key_values=past)
+            return model(TOKENS[:, tokens : tokens + 1], past_key_values=past).logits
+
+    def cache_of() -> object:
+        return DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=8)
+
+    past = cache_of()
+    before = logits(model), generation(past, 3), generation(past, 1)
     with torch.no_grad():
         CHANGES[change](model)
-    after = logits(model)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, fresh(model))
+    after = logits(model), generation(past, 3), generation(past, 1)
+    untouched = copy.deepcopy(model)
+    expected = logits(untouched), generation(cache_of(), 3), generation(cache_of(), 1)
+    for a, b, c in zip(before, after, expected, strict=True):
+        assert not torch.equal(a, b)
+        assert torch.equal(b, c)
 
 
-def test_k_norm_of_qwen3_counts() -> None:
-    model, _ = adapted("qwen3")
-    logits(model)
+def test_follows_a_change_between_many_tokens_of_one_generation() -> None:
+    """Chunks of a long prompt, or drafts of a helper model: cheap beside their tokens, so nothing is kept."""
+    model, _ = adapted()
+    past = DynamicCache(config=model.config)
     with torch.no_grad():
-        first(model).k_norm.weight.mul_(3)
-    assert torch.equal(logits(model), fresh(model))
+        model(TOKENS[:, :4], past_key_values=past)
+        other = copy.deepcopy(past)
+        ema_swap(model)
+        plain = build()(TOKENS[:, 4:8], past_key_values=other).logits
+        torch.testing.assert_close(model(TOKENS[:, 4:8], past_key_values=past).logits, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_writes_through_data_count_after_a_training_step_or_a_change_of_mode() -> None:
-    """PyTorch does not see them; what comes between an evaluation and the next one makes up for it."""
-    model, adapter = adapted()
-    logits(model)
-    step(model)
-    adapter.layers["0"].prompt.data.add_(1)
-    assert torch.equal(logits(model), fresh(model))
-    adapter.layers["0"].prompt.data.add_(1)
-    model.eval()
-    assert torch.equal(logits(model), fresh(model))
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_cache_whose_length_lies_on_a_device_is_watched_by_its_version(inference: bool) -> None:
+    """Reading the length would stall a GPU. Here the meta device stands for one: it has no values to read at all."""
+
+    class Past:
+        def __init__(self) -> None:
+            self.length: int | Tensor = 0
+
+        def get_seq_length(self) -> int | Tensor:
+            return self.length
+
+    past, generation = Past(), Generation(None)
+    generation.mark = _mark(past)
+    assert not generation.goes_on(generation.mark)
+    with torch.inference_mode(inference):
+        past.length = torch.zeros((), dtype=torch.long, device="meta")
+        past.length.add_(5)
+        if inference:
+            assert _mark(past) is None  # no version to watch: nothing is kept
+            return
+        for _ in range(3):
+            mark = _mark(past)
+            assert generation.goes_on(mark)
+            generation.mark = mark
+            past.length.add_(1)
+        past.length.zero_()
+        assert not generation.goes_on(_mark(past))
+
+
+def test_what_a_generation_kept_goes_with_its_cache() -> None:
+    model, _ = adapted()
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(TOKENS[:, :4], past_key_values=past)
+    kept = model.model._zero_gate._generations
+    assert len(kept) == 1
+    del past
+    gc.collect()
+    assert len(kept) == 0
+
+
+def test_training_and_gradients_keep_nothing(computed: list[int]) -> None:
+    model, _ = adapted()
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            past = DynamicCache(config=model.config)
+            model.train(not torch.is_grad_enabled())
+            for i in range(3):
+                model(TOKENS[:, i : i + 1], past_key_values=past)
+    assert len(computed) == 2 * 3 * 3
 
 
 def test_lora_on_the_projections_with_its_switch() -> None:
     """The switch is no tensor. Prefix keys and values go through LoRA as those of words do."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
     model = get_peft_model(build(), LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)).eval()
-    adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=4))
+    adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=4), trainable=[])
     with torch.no_grad():
         for layer in adapter.layers.values():
             layer.gate.fill_(1)
     assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"prompt", "gate"}
-    switched_on = logits(model)
+    on = logits(model)
     with model.disable_adapter():
-        switched_off = logits(model)
-        assert torch.equal(switched_off, fresh(model))
-    assert not torch.equal(switched_on, switched_off)
-    assert torch.equal(logits(model), switched_on)
+        off = logits(model)
+    assert not torch.equal(on, off)
+    assert torch.equal(logits(model), on)
     lak.detach_adapter(model)
     assert all(p.requires_grad == ("lora" in n) for n, p in model.named_parameters())
 
 
-def test_copies_do_not_share_what_is_kept() -> None:
+def test_copies_do_not_share_anything() -> None:
     model, adapter = adapted()
     expected = logits(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(copied), expected)
         with torch.no_grad():
-            first(copied).zero_gate.prompt.zero_()
+            adapter_layer(copied).prompt.zero_()
         assert not torch.equal(logits(copied), expected)
-        assert torch.equal(logits(copied), fresh(copied))
+        assert lak.attached_adapters(copied)["default"].layers["0"] is adapter_layer(copied)
+        lak.detach_adapter(copied)
+        torch.testing.assert_close(logits(copied), logits(build()), atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(model), expected)
-    assert adapter.layers["0"] is first(model).zero_gate
+    assert adapter.layers["0"] is adapter_layer(model)
+
+
+# ---- freeze_prefix
+
+
+def test_a_frozen_prefix_is_computed_once_until_it_is_thawed(computed: list[int]) -> None:
+    model, adapter = adapted()
+    expected = logits(model)
+    projections: list[int] = []
+    first(model).k_proj.register_forward_hook(lambda *_: projections.append(1))
+    adapter.freeze_prefix()
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    assert len(projections) == 3 + 1
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        ema_swap(model)
+    assert torch.equal(logits(model), expected)  # as promised: nothing looks for changes
+    adapter.thaw_prefix()
+    torch.testing.assert_close(logits(model), logits(build()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_prefix_gives_way_to_gradients_and_to_loading(tmp_path: object) -> None:
+    model, adapter = adapted()
+    adapter.save_pretrained(tmp_path)
+    expected = logits(model)
+    adapter.freeze_prefix()
+    with torch.inference_mode():
+        model(TOKENS)
+    model(inputs_embeds=model.model.embed_tokens(TOKENS).detach().requires_grad_()).logits.sum().backward()
+    with torch.no_grad():
+        ema_swap(model)
+    lak.set_adapter(model, "default")
+    torch.testing.assert_close(logits(model), logits(build()), atol=1e-5, rtol=1e-5)
+    step(model)
+    adapter.freeze_prefix()
+    logits(model)
+    from llama_adapter_kernels.formats import native
+
+    adapter.load_tensors(native.read(tmp_path), "saved")
+    assert torch.equal(logits(model), expected)
+
+
+def test_frozen_prefixes_give_way_to_those_used_later() -> None:
+    model, adapter = adapted()
+    others = {name: lak.attach_adapter(model, lak.AdapterConfig(prefix_length=4), name) for name in ("a", "b")}
+    frozen = model.model._zero_gate.frozen
+    for one in (adapter, *others.values()):
+        one.freeze_prefix()
+    for name in ("default", "a", "b", "default"):
+        lak.set_adapter(model, name, trainable=False)
+        logits(model)
+    sizes = frozen.bytes_by_adapter()
+    assert list(sizes) == ["a", "b", "default"]
+    # 3 layers, key and value of 2 heads, 4 slots, 12 wide, and 4 gates, all of 4 bytes
+    assert set(sizes.values()) == {3 * (2 * 2 * 4 * 12 + 4) * 4}
+    lak.limit_frozen_prefixes(model, 2 * sizes["a"])
+    assert list(frozen.bytes_by_adapter()) == ["b", "default"]
+    lak.set_adapter(model, "a", trainable=False)
+    expected = logits(model)
+    assert list(frozen.bytes_by_adapter()) == ["default", "a"]
+    lak.limit_frozen_prefixes(model, 0)
+    assert torch.equal(logits(model), expected)
+    assert frozen.bytes_by_adapter() == {}
+    with pytest.raises(ValueError, match="max_bytes: expected at least 0, an integer, got -1"):
+        lak.limit_frozen_prefixes(model, -1)
+
+
+def test_a_detached_model_is_freed(computed: list[int]) -> None:
+    model, adapter = adapted()
+    adapter.freeze_prefix()
+    model.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False)
+    watched = weakref.ref(first(model).v_proj.weight)
+    lak.detach_adapter(model)
+    gc.disable()
+    try:
+        del model
+        assert watched() is None  # at once, not at some later collection
+    finally:
+        gc.enable()
+    with pytest.raises(ValueError, match="adapter 'default': expected one that is attached"):
+        adapter.freeze_prefix()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,7 +1,7 @@
 """The attention function that transformers calls in place of its own.
 
 The hook hands over query [B, Hq, S, D] (rotated and normed), key and value un-repeated with the whole cache, and what
-`transformers_masks.zero_gate_mask` returned for this forward pass.
+`masks.zero_gate_mask` returned for this forward pass.
 """
 
 from functools import lru_cache
@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.adapters.layer import AdapterLayer
-from llama_adapter_kernels.adapters.prefix_cache import projection_sources
-from llama_adapter_kernels.integrations.transformers.masks import Packed, Window, read_mask
+from llama_adapter_kernels.adapters.table import LayerPrefix
+from llama_adapter_kernels.integrations.slot import ROUTING, SLOT, Slot
+from llama_adapter_kernels.integrations.transformers.masks import CompactMask, Packed, Window
 from llama_adapter_kernels.ops import backends
 from llama_adapter_kernels.ops.attention import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
 
-LAYER = "zero_gate"  # the attribute of an attention module that holds its AdapterLayer
-_PROJECTIONS = ("k_proj", "v_proj", "k_norm")
-OptionalPrefix = tuple[Tensor | None, Tensor | None, Tensor | None]
+IMPLEMENTATION = "zero_gate"  # must not contain "flash": transformers treats such names differently
 _REFUSED = {
     "softcap": "a soft cap on scores",
     "s_aux": "attention sinks",
@@ -33,7 +31,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | CompactMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -45,41 +43,54 @@ def attention(
         ValueError: the model asks for something that is not supported.
     """
     if dropout:
-        raise ValueError(f"attention_dropout: expected 0 with a zero-gate adapter, got {dropout}")
+        raise ValueError(
+            f"attention dropout: expected 0 with a zero-gate adapter, got {dropout}; load the model with "
+            "attention_dropout=0 (attention_probs_dropout_prob=0 for BERT and its like, attn_pdrop=0 for GPT-2)"
+        )
     for name in kwargs:
         if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: not supported with a zero-gate adapter ({_REFUSED[name]})")
-    prefix: OptionalPrefix = (None, None, None)
-    layer: AdapterLayer | None = module._modules.get(LAYER)
-    if layer is not None:
-        prefix = layer.prefix(
-            lambda prompt: _project(module, prompt), lambda: projection_sources(module, _PROJECTIONS), query
-        )
-    mask = read_mask(attention_mask)
-    if kwargs.get("cu_seq_lens_q") is not None or isinstance(mask, Packed):
-        return _packed(query, key, value, prefix, mask, scaling, kwargs), None
-    start = end = None
-    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None
-    if isinstance(mask, Window):
-        (start, end), mask, causal = mask, None, True
-    if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, *prefix):
+    slot: Slot | None = module._modules.get(SLOT)
+    if kwargs.get("cu_seq_lens_q") is not None or isinstance(attention_mask, Packed):
+        return _packed(module, slot, query, key, value, attention_mask, scaling, kwargs), None
+    prefix = None if slot is None else slot.prefix(module, query, kwargs.get(ROUTING), query.shape[0])
+    start = end = mask = None
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif isinstance(attention_mask, Window):
+        start, end, causal = attention_mask.start, attention_mask.end, attention_mask.causal
+    else:
+        mask, causal = attention_mask, False
+    if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, prefix):
         output = _decode(query, key, value, prefix, start, end, scaling)
     else:
         output = zero_gate_attention(
-            query, key, value, *prefix, is_causal=causal, scale=scaling, attn_mask=mask, key_start=start, key_end=end
-        )
+            query, key, value, *_operands(prefix), is_causal=causal, scale=scaling, attn_mask=mask, key_start=start,
+            key_end=end, prefix_index=None if prefix is None else prefix.prefix_index,
+        )  # fmt: skip
+    if prefix is not None and prefix.others:
+        nothing_k, nothing_v = key[:, :, :0], value[:, :, :0]
+        for other in prefix.others:
+            output = output + zero_gate_attention(
+                query, nothing_k, nothing_v, *_operands(other), scale=scaling, prefix_index=other.prefix_index
+            )
     return output.transpose(1, 2), None
 
 
+def _operands(prefix: LayerPrefix | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if prefix is None else (prefix.key, prefix.value, prefix.gate)
+
+
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, start: Tensor | None, end: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, prefix: LayerPrefix | None, start: Tensor | None, end: Tensor | None,
     scaling: float | None,
 ) -> Tensor:  # fmt: skip
-    """One new token per sequence.
+    """One new token per sequence, which sees every key of its window.
 
     A small model spends more time in Python than in attention here. What zero_gate_decode does for its callers holds
     already (the form of the gate, the types of the lengths) or is checked again by the op, so the op is called directly.
     """
+    index = None if prefix is None else prefix.prefix_index
     if (
         scaling is not None
         and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -88,9 +99,11 @@ def _decode(
         op = _decode_op(backends._forced, query.device, query.dtype, query.shape[3])
         if op is not None:
             with torch._C._AutoDispatchBelowAutograd():  # gradients are off: spares the op's autograd part, in Python
-                output: Tensor = op(query, key, value, *prefix, start, end, None, scaling, True)
+                output: Tensor = op(query, key, value, *_operands(prefix), start, end, index, scaling, True)
             return output
-    return zero_gate_decode(query, key, value, end, *prefix, scale=scaling, key_start=start)
+    return zero_gate_decode(
+        query, key, value, end, *_operands(prefix), scale=scaling, key_start=start, prefix_index=index
+    )
 
 
 @lru_cache(maxsize=64)
@@ -103,12 +116,15 @@ def _decode_op(forced: tuple[str, ...], device: torch.device, dtype: torch.dtype
     return namespace.decode.default
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _needs_gradient(query: Tensor, key: Tensor, value: Tensor, prefix: LayerPrefix | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (query, key, value, *_operands(prefix))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, prefix: OptionalPrefix, mask: Packed | Tensor | None,
+    module: Any, slot: Slot | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CompactMask | None,
     scaling: float | None, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""
@@ -128,19 +144,19 @@ def _packed(
         assert isinstance(mask, Packed)
         offsets_q = offsets_k = mask.offsets
         longest_q = longest_k = mask.longest
+    prefix = None if slot is None else slot.prefix(module, query, kwargs.get(ROUTING), offsets_q.shape[0] - 1)
     # [B, H, S, D] views of [B, S, H, D] memory: the rows of the batch lie one after the other already.
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    causal = getattr(module, "is_causal", True)
     output = zero_gate_attention_varlen(
-        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *prefix, cu_seqlens_q=offsets_q,
-        cu_seqlens_k=offsets_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, is_causal=True, scale=scaling,
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), *_operands(prefix), cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, is_causal=causal, scale=scaling,
+        prefix_index=None if prefix is None else prefix.prefix_index,
     )  # fmt: skip
+    for other in prefix.others if prefix is not None else ():
+        output = output + zero_gate_attention_varlen(
+            query.flatten(0, 1), key.flatten(0, 1)[:0], value.flatten(0, 1)[:0], *_operands(other),
+            cu_seqlens_q=offsets_q, cu_seqlens_k=torch.zeros_like(offsets_q), max_seqlen_q=longest_q, max_seqlen_k=0,
+            scale=scaling, prefix_index=other.prefix_index,
+        )  # fmt: skip
     return output.view(query.shape)
-
-
-def _project(module: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Prefix key and value [1, Hkv, P, D]: through the layer's own projections (and key norm), never rotated."""
-    key = module.k_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
-    value = module.v_proj(prompt).view(1, prompt.shape[0], -1, module.head_dim)
-    if hasattr(module, "k_norm"):  # Qwen3 norms each key head
-        key = module.k_norm(key)
-    return key.transpose(1, 2), value.transpose(1, 2)

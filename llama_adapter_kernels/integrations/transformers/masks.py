@@ -1,43 +1,69 @@
 """Masks for the attention hook in a form that the fused operation takes without reading a mask for every pair of tokens.
 
 transformers asks the registered mask function once per forward pass and hands what it returns to every layer. It also
-hands it back to itself during generation, where it lets 4-dimensional tensors through. So a compact mask is one:
+hands it back to itself during generation, where it lets 4-dimensional tensors and FlexAttention's BlockMask through. So a
+compact mask is a BlockMask of a kind of its own. What the mask function returns is one of
 
-    None                                     causal, bottom-right aligned, nothing else
-    int32 [2, 1, 1, batch]                   key_start and key_end of each sequence, causal within
-    int32 [1, 1, sequences + 1, longest]     offsets of packed sequences, the same in every column (a view)
-    bool or floating [batch, 1, Sq, Sk]      anything else, as for scaled_dot_product_attention
+    None                          causal, bottom-right aligned, nothing else; in a model that is not causal, no mask at all
+    Window                        the keys [start, end) of each sequence, causal within or not
+    Packed                        packed causal sequences
+    bool or floating [batch, 1, Sq, Sk]                anything else, as for scaled_dot_product_attention
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
 
 
-class Window(NamedTuple):
-    """The valid keys [start, end) of each sequence, both int32 [batch]."""
+class CompactMask(BlockMask):
+    """Only the type is FlexAttention's; nothing of it is used."""
 
-    start: Tensor
-    end: Tensor
-
-
-class Packed(NamedTuple):
-    """Offsets of the packed sequences, int32 [sequences + 1], and an upper bound of their lengths."""
-
-    offsets: Tensor
-    longest: int
+    def contiguous(self) -> "CompactMask":
+        """transformers asks for it before it hands a mask on."""
+        return self
 
 
-def read_mask(mask: Tensor | None) -> Window | Packed | Tensor | None:
-    """What a mask says; bool and floating masks are returned as they are."""
-    if mask is None or mask.dtype != torch.int32:
-        return mask
-    if mask.shape[0] == 2:
-        return Window(mask[0, 0, 0], mask[1, 0, 0])
-    return Packed(mask[0, 0, :, 0], mask.shape[3])
+class Window(CompactMask):
+    """The valid keys [start, end) of each sequence, both int32 [batch]; with causality the newest query sees the last."""
+
+    def __init__(self, start: Tensor, end: Tensor, causal: bool) -> None:
+        self.start, self.end, self.causal = start, end, causal
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.start.shape[0], 1, 1, 1
+
+    def to(self, *args: Any, **kwargs: Any) -> "Window":
+        """On another device: accelerate moves the arguments of every layer."""
+        return Window(self.start.to(*args, **kwargs), self.end.to(*args, **kwargs), self.causal)
+
+
+class Packed(CompactMask):
+    """Offsets of packed causal sequences, int32 [sequences + 1], and an upper bound of their lengths.
+
+    The rows of the batch lie one after the other.
+    """
+
+    def __init__(self, offsets: Tensor, longest: int) -> None:
+        self.offsets, self.longest = offsets, longest
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, 1, self.offsets.shape[0], self.longest
+
+    def to(self, *args: Any, **kwargs: Any) -> "Packed":
+        """On another device."""
+        return Packed(self.offsets.to(*args, **kwargs), self.longest)
 
 
 def zero_gate_mask(
@@ -54,11 +80,11 @@ def zero_gate_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor | CompactMask | None:
     """The mask function registered with transformers; arguments as those of its `sdpa_mask`, which makes the bool masks.
 
-    While torch.compile traces, nothing is read that would decide about the form: padding and packed sequences give a
-    bool mask then, as they do for the base model.
+    While anything traces (torch.compile, export, jit.trace, a CUDA graph), nothing is read that would decide about the form:
+    padding and packed sequences give a bool mask then, as they do for the base model.
     """
 
     def dense() -> Tensor:
@@ -68,7 +94,9 @@ def zero_gate_mask(
         )  # fmt: skip
         return mask
 
-    tracing = torch.compiler.is_compiling()
+    tracing = is_tracing(attention_mask)
+    if mask_function is bidirectional_mask_function and not (use_vmap or tracing):
+        return _bidirectional(batch_size, q_length, kv_length, kv_offset, attention_mask, local_size, device, dense)
     # transformers clears allow_is_causal_skip for whatever is more than causality and a sliding window, and for steps
     # against a static cache.
     if use_vmap or not (mask_function is causal_mask_function or (allow_is_causal_skip and local_size is not None)):
@@ -95,10 +123,37 @@ def zero_gate_mask(
             start = first.clamp(min=start)
     if isinstance(start, int) and start == 0 and isinstance(end, int) and end == kv_length:
         return None
-    window = torch.empty(2, 1, 1, batch_size, dtype=torch.int32, device=device)
-    window[0, 0, 0] = start
-    window[1, 0, 0] = end
-    return window
+    return _window(start, end, batch_size, device, causal=True)
+
+
+def _window(
+    start: int | Tensor, end: int | Tensor, batch_size: int, device: torch.device | str, causal: bool
+) -> Window:
+    bounds = torch.empty(2, batch_size, dtype=torch.int32, device=device)
+    bounds[0] = start
+    bounds[1] = end
+    return Window(bounds[0], bounds[1], causal)
+
+
+def _bidirectional(
+    batch_size: int, q_length: int, kv_length: int, kv_offset: int, attention_mask: Tensor | None,
+    local_size: int | None, device: torch.device | str, dense: Callable[[], Tensor],
+) -> Tensor | CompactMask | None:  # fmt: skip
+    """Every token sees every token that is not padding."""
+    if local_size is not None and local_size < kv_length:
+        return dense()
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is None:
+        return None
+    padding = padding[:, kv_offset : kv_offset + kv_length]
+    if padding.all():
+        return None
+    count = padding.sum(-1)
+    first = padding.int().argmax(-1)
+    last = torch.where(padding, torch.arange(padding.shape[1], device=padding.device), -1).amax(-1) + 1
+    if not ((last - first == count) | (count == 0)).all():
+        return dense()
+    return _window(torch.where(count == 0, 0, first), last.clamp(min=0), batch_size, device, causal=False)
 
 
 def _first_keys(padding: Tensor, end: int | Tensor, q_length: int) -> Tensor | int | None:
@@ -126,7 +181,7 @@ def _first_keys(padding: Tensor, end: int | Tensor, q_length: int) -> Tensor | i
 
 def _packed_offsets(
     mask_function: Callable[..., Tensor], batch_size: int, length: int, local_size: int | None, device: Any
-) -> Tensor | None:
+) -> Packed | None:
     """The compact mask of the sequences that transformers found in position_ids, from its mask function.
 
     Rows of the batch are laid one after the other. None where the mask is not that of packed causal sequences.
@@ -134,6 +189,8 @@ def _packed_offsets(
     if not mask_function.__qualname__.startswith("and_masks"):
         return None
     rows, tokens = torch.arange(batch_size, device=device)[:, None], torch.arange(length, device=device)[None]
+    if bool(mask_function(rows, 0, tokens[:, :-1], tokens[:, 1:]).any()):
+        return None  # not causal
     # A sequence begins where a token does not see the one before it. Token 0 is compared with itself.
     begins = ~mask_function(rows, 0, tokens, (tokens - 1).clamp(min=0))
     begins[:, 0] = True
@@ -142,4 +199,4 @@ def _packed_offsets(
     longest = int(offsets.diff().max())
     if local_size is not None and longest > local_size:
         return None
-    return offsets[None, None, :, None].expand(1, 1, -1, longest)
+    return Packed(offsets, longest)

@@ -1,0 +1,5 @@
+"""timm's VisionTransformer family."""
+
+from llama_adapter_kernels.integrations.architectures import Architecture
+
+ROWS: tuple[Architecture, ...] = ()
