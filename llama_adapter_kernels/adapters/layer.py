@@ -4,16 +4,14 @@ Source: arXiv 2303.16199. A layer's prompt [P, hidden] goes through the layer's 
 the prefix of its attention; the gate, zero at first, decides how much of it is added.
 """
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
 from llama_adapter_kernels.adapters.config import AdapterConfig
+from llama_adapter_kernels.adapters.precision import KeepsFloat32
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(KeepsFloat32):
     """Prompt [P, hidden] and gate ([heads] or [1]) of one layer, float32 whatever the model's dtype is.
 
     The parameters are read in `forward` only: that is where tools which keep them elsewhere (offloading, sharding) bring
@@ -40,13 +38,3 @@ class AdapterLayer(nn.Module):
     def effective_gate(self) -> Tensor:
         """What multiplies the prefix branch: tanh(gate) or gate, [heads] or [1], float32."""
         return torch.tanh(self.gate) if self.activation == "tanh" else self.gate
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """model.half(), .to(...): the layer moves along but stays float32, as small gradients on top of N(0, 1) need."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        super()._apply(move, recurse)
-        return self

@@ -1,8 +1,9 @@
 """The adapter of one model, as users hold it: its parameters, and the way to and from files."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,12 +33,14 @@ class ZeroGateAdapter(nn.Module):
         name: of the adapter in its model.
         layers: the AdapterLayers by layer number (as text), the same objects as in the model.
         leftover: what came with a loaded adapter and has no place in it; saved with it again.
+        companions: functions that write what belongs to the adapter besides (a conditioning) into the same folder.
     """
 
     def __init__(self, config: AdapterConfig, base: dict[str, Any], devices: Sequence[torch.device]) -> None:
         super().__init__()
         self.config, self.base, self.name = config, base, ""
         self.leftover: dict[str, Tensor] = {}
+        self.companions: list[Callable[[Path], None]] = []
         self.attachment: Attachment | None = None
         numbers = config.layer_numbers(base["num_hidden_layers"])
         hidden_size, heads = base["hidden_size"], base["num_attention_heads"]
@@ -74,6 +77,8 @@ class ZeroGateAdapter(nn.Module):
         check_state(state, f"adapter {self.name!r}")
         if is_writer():
             native.write(path, state)
+            for write in self.companions:
+                write(Path(path))
 
     def load_tensors(self, state: AdapterState, source: str) -> None:
         """Fills prompts and gates from `state`; `source` names it in messages.

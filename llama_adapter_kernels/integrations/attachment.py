@@ -65,9 +65,11 @@ class Attachment:
         self._detached: dict[str, ZeroGateAdapter] = {}
         self._generations: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
         self.blocks = 0  # of adapters_per_sequence, in all threads
+        # What compiled forward passes use: torch.compile reads no context variable, so it is that of all threads.
+        self.innermost: Override | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("lock", "_in_use", "_detached", "_generations", "blocks")
+        passing = ("lock", "_in_use", "_detached", "_generations", "blocks", "innermost")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,10 +148,13 @@ class Attachment:
             self.check_known(*names)
             for name in names:
                 self._in_use[name] = self._in_use.get(name, 0) + 1
-        token = _overrides.set({**_overrides.get(), id(self): Override(selection)})
+        override = Override(selection)
+        token = _overrides.set({**_overrides.get(), id(self): override})
+        before, self.innermost = self.innermost, override
         try:
             yield
         finally:
+            self.innermost = before
             _overrides.reset(token)
             with self.lock:
                 for name in names:
@@ -167,12 +172,11 @@ class Attachment:
             past: the cache of keys and values, if there is one.
             tokens: per sequence, without those in the cache.
         """
-        if torch.compiler.is_compiling():
-            return Routing(self._active)
-        override = self.current_override()
+        compiling = torch.compiler.is_compiling()
+        override = self.innermost if compiling else self.current_override()
         selection, repeats = (self._active, 1) if override is None else (override.selection, override.repeats)
         kept = None
-        if past is not None and not (module.training or torch.is_grad_enabled() or torch.jit.is_tracing()):
+        if past is not None and not (compiling or module.training or torch.is_grad_enabled() or torch.jit.is_tracing()):
             kept = self._kept(past, tokens, selection)
         return Routing(selection, repeats, kept)
 

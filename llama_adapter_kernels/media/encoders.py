@@ -29,6 +29,10 @@ class Encoder(Protocol):
     width: int
     layers: int
 
+    def width_of(self, view: str) -> int:
+        """The last dimension of a view."""
+        ...
+
     def encode(self, path: Path, view: str, depths: int = 1, where: str = "") -> Tensor:
         """The features of one file in one view, without a batch dimension, float32 on the CPU.
 

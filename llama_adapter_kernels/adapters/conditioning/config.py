@@ -26,6 +26,8 @@ class ConditioningConfig:
             768 and 4 hidden_size.
         blocks: transformer or SwiGLU blocks; None: as published, 8 and 3.
         heads: of the transformer blocks.
+        fusion: "all" adds the prompts to every adapted layer; "early" (LLaMA-Adapter V2) gives them to the first adapted
+            layer alone, which has no learned prompt then, so that they do not meet the learned ones of the last layers.
         encoder: where the encoder comes from, a folder or hub name; for whoever loads the adapter.
         modality: "image" or "audio".
 
@@ -41,6 +43,7 @@ class ConditioningConfig:
     inner_size: int | None = None
     blocks: int | None = None
     heads: int = 16
+    fusion: str = "all"
     encoder: str = ""
     modality: str = "image"
 
@@ -49,9 +52,15 @@ class ConditioningConfig:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.modality not in ("image", "audio"):
             raise ValueError(f"modality: expected image or audio, got {self.modality!r}")
+        if self.fusion not in ("all", "early"):
+            raise ValueError(f"fusion: expected all or early, got {self.fusion!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in ("kind", "encoder", "modality") or isinstance(value, str) or value is None:
+            if field.name in ("kind", "fusion", "encoder", "modality"):
+                if not isinstance(value, str):
+                    raise ValueError(f"{field.name}: expected text, got {value!r}")
+                continue
+            if value is None and field.default is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name}: expected a whole number of at least 1, got {value!r}")
