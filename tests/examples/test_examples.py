@@ -1,0 +1,38 @@
+"""Every example runs as it stands, prints what its text promises and stays short enough to be read at once."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+NEEDS = {"transformers_trainer": "accelerate", "packed_batches": "transformers"}
+SAYS = {
+    "operation": ["gate 0: at most", "gate 0.5: at most"],
+    "decode": ["sequence 0: 12 tokens after 24", "sequence 1: 12 tokens after 7"],
+    "packed_batches": ["one row of 448 tokens", "padded, the same batch would have 1000"],
+    "transformers_trainer": ["9,630 of ", "with:    ['It lets the prompt in.', 'At zero, so nothing changes.']"],
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    for words in SAYS.get(path.stem, []):
+        assert words in said
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_short_enough_to_be_read(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 60
+    assert text.startswith('"""')
+    assert f"python examples/{path.name}" in text  # how to run it, for those who open the file first
