@@ -1,7 +1,9 @@
 """The command `llama-adapter`. Each subcommand lives in `commands/`; heavy imports happen inside them."""
 
+import io
 import logging
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -48,8 +50,26 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from llama_adapter_kernels import __version__
+
+        typer.echo(f"llama-adapter-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main(verbose: Annotated[bool, typer.Option("--verbose", help="Say more while working.")] = False) -> None:
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more while working.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # an answer that the terminal cannot show must not be an error
     # The other processes of a torchrun would say the same again.
     main_process = os.environ.get("RANK", "0") == "0"
     level = (logging.DEBUG if verbose else logging.INFO) if main_process else logging.ERROR

@@ -1,5 +1,8 @@
 """Answers to instructions, with or without an adapter: one, a batch of different lengths, or streamed."""
 
+import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +13,16 @@ from torch import Tensor
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer
+from llama_adapter_kernels.models import (
+    adapter_error_as_user_error,
+    context_length,
+    load_model_and_tokenizer,
+    skeleton,
+)
 from llama_adapter_kernels.training.data import Row, prompt_tokens, read_rows
+
+_WINDOW = 16  # batches among which `answer_all` sorts by length
+COLDEST = 1e-6  # logits divided by less than this may overflow
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise UserError(f"--temperature: expected at least 0 (greedy), got {self.temperature}")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:  # false for NaN
+            raise UserError(f"--temperature: expected 0 (greedy) or a number from {COLDEST}, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p: expected more than 0 and at most 1, got {self.top_p}")
 
@@ -37,6 +48,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.context = context_length(model.config) or sys.maxsize
         ends = model.generation_config.eos_token_id
         self.end_tokens = sorted({tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])} - {None})
         if not self.end_tokens:
@@ -61,24 +73,38 @@ class Answerer:
     def continuations(self, prompts: Sequence[list[int]], sampling: Sampling, streamer: Any = None) -> list[list[int]]:
         """The tokens that follow each prompt, without the end of sequence."""
         longest = max(map(len, prompts))
-        context = self.model.config.max_position_embeddings
-        if longest >= context:
-            raise UserError(f"an instruction has {longest} tokens, the model's context ends at {context}")
+        if longest >= self.context:
+            raise UserError(f"the instruction has {longest} tokens, the model's context ends at {self.context}")
         input_ids, attention_mask = left_padded(prompts, self._padding_token)
         tokens = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
-            generation_config=self._generation_config(sampling, context - longest),
+            generation_config=self._generation_config(sampling, self.context - longest),
             streamer=streamer,
         )
         return [self._until_end(row) for row in tokens[:, longest:].tolist()]
 
-    def answer_all(self, rows: Sequence[Row], sampling: Sampling, batch_size: int) -> Iterator[tuple[int, str]]:
-        """(number of the row, its answer) for any number of rows; similar lengths share a batch to save padding."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt), reverse=True)
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            yield from zip(numbers, self.answer([rows[i] for i in numbers], sampling), strict=True)
+    def answer_all(
+        self, rows: Sequence[Row], sampling: Sampling, batch_size: int
+    ) -> Iterator[tuple[int, str | UserError]]:
+        """(number of the row, its answer or why there is none) for any number of rows, in their order.
+
+        Similar lengths share a batch to save padding, among some batches' worth of rows: answers come while others are
+        still to be computed.
+        """
+        for start in range(0, len(rows), _WINDOW * batch_size):
+            window = range(start, min(start + _WINDOW * batch_size, len(rows)))
+            lengths = {i: len(prompt_tokens(rows[i], self.tokenizer)) for i in window}
+            answers: dict[int, str | UserError] = {
+                i: UserError(f"the instruction has {length} tokens, the model's context ends at {self.context}")
+                for i, length in lengths.items()
+                if length >= self.context
+            }
+            order = sorted(lengths.keys() - answers.keys(), key=lambda i: (-lengths[i], i))
+            for first in range(0, len(order), batch_size):
+                numbers = order[first : first + batch_size]
+                answers |= zip(numbers, self.answer([rows[i] for i in numbers], sampling), strict=True)
+            yield from ((i, answers[i]) for i in window)
 
     @property
     def _padding_token(self) -> int:
@@ -113,10 +139,14 @@ def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: 
     Raises:
         UserError: there is no such model or adapter, or the adapter is for another model.
     """
-    network, tokenizer = load_model_and_tokenizer(model, dtype)
     if adapter is not None:
         if not adapter.is_dir():
             raise UserError(f"--adapter {adapter}: no such folder")
+        with adapter_error_as_user_error(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # it is a check alone
+            lak.load_adapter(skeleton(model), adapter)  # before the weights are loaded, which may take minutes
+    network, tokenizer = load_model_and_tokenizer(model, dtype)
+    if adapter is not None:
         with adapter_error_as_user_error():
             lak.load_adapter(network, adapter)
     return Answerer(network.to(device), tokenizer)

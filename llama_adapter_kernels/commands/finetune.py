@@ -30,7 +30,9 @@ def finetune(
     base_learning_rate: Annotated[float, Option(help="For 256 examples per step; scales with --batch-size.")] = 9e-3,
     weight_decay: Annotated[float, Option(help="AdamW's.")] = 0.02,
     max_gradient_norm: Annotated[float, Option(help="Clip the gradient's norm; 0: never.")] = 0.0,
-    max_length: Annotated[int, Option(help="Tokens; longer examples are truncated.")] = 512,
+    max_length: Annotated[
+        int | None, Option(help="Tokens; longer examples are truncated.  [default: 512, at most the model's context]")
+    ] = None,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     save_steps: Annotated[int | None, Option(help="Between checkpoints.  [default: an epoch, at most 500]")] = None,
@@ -88,7 +90,16 @@ def finetune(
         typer.echo(f"  llama-adapter {shlex.join([*again, '--resume'])}")
         raise typer.Exit(130)
     if outcome.losses:
-        first, last = outcome.losses[min(outcome.losses)], outcome.losses[max(outcome.losses)]
-        typer.echo(f"Loss {first:.4f} at first, {last:.4f} at last")
+        typer.echo(_losses(outcome.losses))
     typer.echo(f"{outcome.step} steps in {outcome.seconds:.0f} s. The adapter is saved in {output}. Try it with:")
     typer.echo(f"  llama-adapter generate --model {shlex.quote(model)} --adapter {shlex.quote(str(output))}")
+
+
+def _losses(losses: dict[int, float]) -> str:
+    """First and last logged loss; a logged loss is the mean over the steps since the one before."""
+    first, *others = sorted(losses)
+    if not others:
+        return f"Loss {losses[first]:.4f} (step {first})"
+    last, before = others[-1], ([first, *others])[-2]
+    steps = f"step {last}" if last == before + 1 else f"mean of steps {before + 1} to {last}"
+    return f"Loss {losses[first]:.4f} (step {first}), then {losses[last]:.4f} ({steps})"

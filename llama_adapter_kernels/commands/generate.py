@@ -1,16 +1,19 @@
 """`llama-adapter generate`."""
 
+import io
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.errors import UserError, text_problem
 
 if TYPE_CHECKING:
     from llama_adapter_kernels.generate import Answerer, Sampling
+    from llama_adapter_kernels.training.data import Row
 
 Option = typer.Option
 
@@ -30,13 +33,11 @@ def generate(
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
 ) -> None:
-    """Answer an instruction, a file of them, or whatever you type."""
-    if instruction is not None and file is not None:
-        raise UserError("--instruction and --file: expected one of them, got both")
-    if instruction is not None and not instruction.strip():
-        raise UserError("--instruction: expected text, got none")
-    if batch_size < 1:
-        raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
+    """Answer an instruction, a file of them, or whatever you type.
+
+    A row of --file that cannot be answered gets an "error" in place of its output, and the exit status is 1.
+    """
+    _check(instruction, input, file, output, batch_size, seed)
     import torch
 
     from llama_adapter_kernels.generate import Sampling, load_answerer, read_instructions
@@ -44,35 +45,77 @@ def generate(
     from llama_adapter_kernels.training.data import Row
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    rows = read_instructions(file) if file is not None else []
     on_cpu = cpu or not torch.cuda.is_available()
-    answerer = load_answerer(
-        model, adapter, pick_dtype(dtype, on_cpu=on_cpu, training=False), "cpu" if on_cpu else "cuda"
-    )
+    torch_dtype = pick_dtype(dtype, on_cpu=on_cpu, training=False)
+    rows = read_instructions(file) if file is not None else []
+    answerer = load_answerer(model, adapter, torch_dtype, "cpu" if on_cpu else "cuda")
     torch.manual_seed(seed)
     if file is not None:
-        answers = dict(answerer.answer_all(rows, sampling, batch_size))
-        lines = [
-            json.dumps({"instruction": row.instruction, "input": row.input, "output": answers[i]}, ensure_ascii=False)
-            for i, row in enumerate(rows)
-        ]
-        if output is None:
-            typer.echo("\n".join(lines))
-            return
-        try:
-            output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {output}: {error.strerror}") from None
+        _answer_file(answerer, rows, sampling, batch_size, file, output)
     elif instruction is not None:
         answerer.answer([Row(instruction, input)], sampling, stream=_write)
     else:
         _converse(answerer, sampling)
 
 
+def _check(
+    instruction: str | None, context: str, file: Path | None, output: Path | None, batch_size: int, seed: int
+) -> None:
+    """What can be known to be wrong before anything is imported or loaded."""
+    if instruction is not None and file is not None:
+        raise UserError("--instruction and --file: expected one of them, got both")
+    for name, text in (("instruction", instruction), ("input", context)):
+        problem = text_problem(text or "")
+        if problem is not None:
+            raise UserError(f"--{name}: {problem}")
+    if instruction is not None and not instruction.strip():
+        raise UserError("--instruction: expected text, got none")
+    if context and instruction is None:
+        raise UserError("--input: belongs to an --instruction, got none")
+    if output is not None:
+        if file is None:
+            raise UserError("--output: belongs to a --file, got none")
+        if output.is_dir():
+            raise UserError(f"--output {output}: expected a file, it is a folder")
+        if not output.absolute().parent.is_dir():
+            raise UserError(f"--output {output}: its folder does not exist")
+    if batch_size < 1:
+        raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: expected a number from 0 to 2**63 - 1, got {seed}")
+
+
+def _answer_file(
+    answerer: "Answerer", rows: "list[Row]", sampling: "Sampling", batch_size: int, file: Path, output: Path | None
+) -> None:
+    """Prints or writes every answer as soon as it and those before it are there."""
+    failed = 0
+    try:
+        with output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout) as stream:
+            for number, answer in answerer.answer_all(rows, sampling, batch_size):
+                row = {"instruction": rows[number].instruction, "input": rows[number].input}
+                if isinstance(answer, UserError):
+                    failed += 1
+                    typer.echo(f"error: {file}, row {number + 1}: {answer}", err=True)
+                    row["error"] = str(answer)
+                else:
+                    row["output"] = answer
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.flush()
+    except OSError as error:
+        if output is None:  # a closed pipe
+            raise
+        raise UserError(f"--output {output}: {error.strerror}") from None
+    if failed:
+        raise typer.Exit(1)
+
+
 def _converse(answerer: "Answerer", sampling: "Sampling") -> None:
     """Answers line by line until the input ends. Each instruction stands alone: the adapter was trained like that."""
     from llama_adapter_kernels.training.data import Row
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is then said below, not raised
     if sys.stdin.isatty():
         typer.echo("Type an instruction; Ctrl-D ends.")
     while True:
@@ -82,8 +125,11 @@ def _converse(answerer: "Answerer", sampling: "Sampling") -> None:
             return
         if line:
             try:
+                problem = text_problem(line)
+                if problem is not None:
+                    raise UserError(problem)
                 answerer.answer([Row(line)], sampling, stream=_write)
-            except UserError as error:  # too long: the next one may fit
+            except UserError as error:  # too long, or no text: the next one may be better
                 typer.echo(f"error: {error}", err=True)
 
 

@@ -19,8 +19,8 @@ from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.ops import backends
 from llama_adapter_kernels.training.data import Example, Row, tokenize
 from llama_adapter_kernels.training.finetune import attach, train
-from llama_adapter_kernels.training.run_folder import check_output, data_fingerprint, prepare_output
-from llama_adapter_kernels.training.settings import Execution, Settings
+from llama_adapter_kernels.training.run_folder import RUN_FILE, check_output, claim, prepare_output
+from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
 
 BASE_MODEL = Path(__file__).parent / "assets" / "base"
 SETTINGS = Settings(
@@ -56,19 +56,24 @@ def run(output: Path, settings: Settings = SETTINGS, held_out_limit: int | None 
         UserError: `output` holds something else than an earlier demo.
     """
     transformers.utils.logging.disable_progress_bar()  # of the loading; training shows its own
-    started = time.monotonic()
-    check_output(output, resume=False, overwrite=(output / "run.json").exists())
+    again = (output / RUN_FILE).exists()
+    check_output(output, resume=False, overwrite=again)
+    with claim(output):
+        return _run(output, settings, held_out_limit)
 
+
+def _run(output: Path, settings: Settings, held_out_limit: int | None) -> Results:
+    started = time.monotonic()
     _heading("Text: the docstrings of this Python's standard library")
     training, held_out = corpus.examples(corpus.standard_library())
     shown, held_out = _shown(held_out), held_out[:held_out_limit]
     typer.echo(f"{len(training)} functions to learn from, {len(held_out)} held out (the base model has not seen them)")
     network, tokenizer = load_model_and_tokenizer(str(BASE_MODEL), torch.float32)
     examples, unseen = (
-        tokenize([Row(**example.row()) for example in side], tokenizer, settings.max_length)
+        tokenize([Row(**example.row()) for example in side], tokenizer, settings.max_length or DEFAULT_MAX_LENGTH)
         for side in (training, held_out)
     )
-    prepare_output(output, {"model": "demo", "data_sha256": data_fingerprint(examples), "settings": {}}, resume=False)
+    prepare_output(output, {"model": "demo", "settings": {}}, resume=False)
 
     _heading("Before: the base model, frozen")
     answerer = Answerer(network, tokenizer)

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.errors import UserError, text_problem
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def read_rows(path: Path, *, skip_bad_rows: bool = False, need_output: bool = Tr
     rows: list[Row] = []
     bad: list[str] = []
     for where, value in _json_values(path, text):
-        problem = str(value) if isinstance(value, json.JSONDecodeError) else _problem(value, need_output)
+        problem = str(value) if isinstance(value, _NoJson) else _problem(value, need_output)
         if problem is None:
             rows.append(Row(value["instruction"], value.get("input") or "", value.get("output") or ""))
         elif skip_bad_rows:
@@ -150,21 +151,36 @@ def _continuation(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """("row 3" or "line 3", the parsed value, or the JSONDecodeError where a line does not parse)."""
+    """("row 3" or "line 3", the parsed value, or the _NoJson where a line does not parse)."""
     if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+        values = _parse(text)
+        if isinstance(values, _NoJson):
+            raise UserError(f"{path}{values.place}: {values}")
         yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028 inside a string
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            yield f"line {number}", json.JSONDecodeError(f"not valid JSON: {error.msg}", error.doc, error.pos)
+        if line.strip():
+            yield f"line {number}", _parse(line)
+
+
+class _NoJson(ValueError):
+    """Why a text is no JSON; `place` is ", line 2, column 1" where the parser says so."""
+
+    place = ""
+
+
+def _parse(text: str) -> Any:
+    """The value, or a _NoJson."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = _NoJson(f"not valid JSON: {error.msg}")
+        problem.place = f", line {error.lineno}, column {error.colno}"
+    except RecursionError:
+        problem = _NoJson("not valid JSON: nested too deeply")
+    except ValueError:  # Python's limit, which keeps the parsing of a number from taking hours
+        problem = _NoJson(f"not valid JSON: a number of more than {sys.get_int_max_str_digits()} digits")
+    return problem
 
 
 def _problem(value: Any, need_output: bool) -> str | None:
@@ -178,6 +194,8 @@ def _problem(value: Any, need_output: bool) -> str | None:
                 return f'field "{field}" is missing' if field not in value else f'field "{field}" is null'
         elif not isinstance(content, str):
             return f'field "{field}": expected text, got {_kind(content)}'
+        elif (problem := text_problem(content)) is not None:
+            return f'field "{field}": {problem}'
     if not value["instruction"].strip():
         return 'field "instruction" is empty'
     return None

@@ -4,25 +4,34 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.models import adapter_error_as_user_error, load_model_and_tokenizer, pick_dtype
+from llama_adapter_kernels.models import (
+    adapter_error_as_user_error,
+    context_length,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+    skeleton,
+    weights_fingerprint,
+)
+from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import Example, read_rows, tokenize
 from llama_adapter_kernels.training.packing import StepDataset
 from llama_adapter_kernels.training.run_folder import (
     CSV_FILE,
     TENSORBOARD_FOLDER,
     check_output,
+    claim,
     data_fingerprint,
-    last_checkpoint,
     prepare_output,
-    step_of,
 )
-from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
+from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings, check_settings
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +72,69 @@ def finetune(
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process:
         check_output(output, resume=resume, overwrite=overwrite)
+        if output.is_dir():
+            with claim(output):  # or another process is training into it
+                pass
     rows = read_rows(data, skip_bad_rows=skip_bad_rows)
-    network, tokenizer = load_model_and_tokenizer(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
+    settings = fitted_settings(model, settings)
+    tokenizer = load_tokenizer(model)
+    assert settings.max_length is not None
     examples = tokenize(rows, tokenizer, settings.max_length)
     if not any(example.prompt_length < len(example) for example in examples):
         raise UserError(f"{data}: no example has room for a response within {settings.max_length} tokens")
-    run = {"model": model, "data_sha256": data_fingerprint(examples), "settings": asdict(settings)}
-    if main_process:
-        prepare_output(output, run, resume=resume)
-    checkpoint = last_checkpoint(output) if resume else None
-    adapter = attach(network, settings, checkpoint)
-    return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
+    network = load_model(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
+    check_tokens(examples, network)
+    run = {
+        "model": model,
+        "base_sha256": weights_fingerprint(model),
+        "data_sha256": data_fingerprint(rows, examples),
+        "settings": asdict(settings),
+    }
+    with claim(output) if main_process else nullcontext():
+        if main_process:
+            check_output(output, resume=resume, overwrite=overwrite)  # it may have been another process's meanwhile
+            prepare_output(output, run, resume=resume)
+        checkpoint = checkpoint_to_resume(output) if resume else None
+        adapter = attach(network, settings, checkpoint)
+        return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
+
+
+def fitted_settings(model: str, settings: Settings) -> Settings:
+    """The settings with what the model decides filled in, checked against the model before its weights are loaded.
+
+    Raises:
+        UserError: there is no such model, or the settings do not fit it.
+    """
+    empty = skeleton(model)
+    context = context_length(empty.config)
+    length = settings.max_length
+    if length is None:
+        length = min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
+    if context is not None and length > context:
+        raise UserError(f"--max-length: expected at most {context} (the model's context), got {length}")
+    attach(empty, settings)
+    return replace(settings, max_length=length)
+
+
+def check_tokens(examples: Sequence[Example], network: Any) -> None:
+    """Raises UserError where the tokenizer knows tokens that the model does not."""
+    largest, known = max(max(example.tokens) for example in examples), network.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise UserError(f"the tokenizer gives token {largest}, the model knows {known}: they do not belong together")
+
+
+def checkpoint_to_resume(output: Path) -> Path | None:
+    """The newest whole checkpoint, with a word about newer ones that are not; None: from the beginning."""
+    whole, broken = last_whole_checkpoint(output)
+    for path, problem in broken.items():
+        log.warning("%s is incomplete (%s): %s", path, problem, f"going on from {whole}" if whole else "not used")
+    if whole is None:
+        log.warning("%s: no whole checkpoint yet: starting from the beginning", output)
+    return whole
 
 
 def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> "lak.ZeroGateAdapter":
-    """Gives the model the adapter to train, a new one or the one of a checkpoint; freezes everything else.
+    """Gives the model the adapter to train, a new one or the one of a checkpoint; everything else is frozen.
 
     Raises:
         UserError: settings or checkpoint do not fit the model.
@@ -87,13 +144,8 @@ def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> 
     set_seed(settings.seed)
     with adapter_error_as_user_error():
         if checkpoint:
-            adapter = lak.load_adapter(network, checkpoint)
-        else:
-            adapter = lak.attach_adapter(network, adapter_config(network, settings))
-    network.requires_grad_(False)
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(True)
-    return adapter
+            return lak.load_adapter(network, checkpoint)
+        return lak.attach_adapter(network, adapter_config(network, settings))
 
 
 def train(
@@ -117,8 +169,10 @@ def train(
         UserError: as `finetune`.
     """
     import torch
-    from transformers import TrainingArguments
+    from transformers import TrainerState, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
 
+    from llama_adapter_kernels.training import callbacks as reporting
     from llama_adapter_kernels.training import trainer as training
 
     trainable = adapter.num_parameters()
@@ -158,12 +212,11 @@ def train(
     arguments.save_steps = execution.save_steps or min(dataset.steps, 500)
     arguments.warmup_steps = warmup_steps(settings, dataset.steps, total_steps)
 
-    csv_path = output / CSV_FILE
-    own: list[Any] = [training.EpochOfData(dataset), training.CsvLog(csv_path)]
+    own: list[Any] = [reporting.EpochOfData(dataset), reporting.LogEnds(), reporting.CsvLog(output / CSV_FILE)]
     if execution.tensorboard and arguments.process_index == 0:
         own += _tensorboard(output / TENSORBOARD_FOLDER)
     trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=[*own, *callbacks])
-    stop = training.StopOnSignal(trainer.any_rank)
+    stop = reporting.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
     log.info(
         "%d examples, %d tokens; %d trainable of %d parameters; %d steps of %d examples, learning rate %.3g",
@@ -171,23 +224,26 @@ def train(
         sum(p.numel() for p in network.parameters()), total_steps, settings.batch_size, settings.learning_rate,
     )  # fmt: skip
     started, done = time.monotonic(), step_of(checkpoint) if checkpoint else 0
+    if done > total_steps:
+        raise UserError(f"{output}: the run is at step {done} already, --epochs or --max-steps ask for {total_steps}")
     if done < total_steps:  # Trainer would do one step more of a run that has them all
         with stop.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    elif checkpoint:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if trainer.failed_save:
-        kept = last_checkpoint(output)
+        kept, _ = last_whole_checkpoint(output)
         hint = f"{kept} is whole: make room and go on with --resume" if kept else "nothing was saved"
         raise UserError(f"{output}: the last save failed: {trainer.failed_save}; {hint}")
     if not stop.stopped and trainer.is_world_process_zero():
         training.save_adapter(adapter, output)
-    losses = {int(row["step"]): row["loss"] for row in training.read_csv_log(csv_path)}
     return Outcome(
         finished=not stop.stopped,
         step=max(done, trainer.state.global_step),
         trainable_parameters=trainable,
         total_parameters=sum(p.numel() for p in network.parameters()),
         seconds=time.monotonic() - started,
-        losses=losses,
+        losses={entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry},
     )
 
 
@@ -218,10 +274,10 @@ def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
 def _tensorboard(folder: Path) -> list[Any]:
     """The callback that writes losses for TensorBoard; none where it is not installed, with a word about it."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         log.info("tensorboard is not installed: losses go to training_log.csv alone")
         return []
-    from transformers.integrations import TensorBoardCallback
+    from llama_adapter_kernels.training.callbacks import TensorBoardLog
 
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]
+    return [TensorBoardLog(folder)]

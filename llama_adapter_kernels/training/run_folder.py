@@ -1,43 +1,42 @@
-"""The output folder of a fine-tuning run: what may be written into it, and whether a run can go on."""
+"""The output folder of a fine-tuning run: what may be written into it, by whom, and whether a run can go on."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
+import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.training.data import Example
+from llama_adapter_kernels.training.checkpoints import checkpoints, remove, remove_leftovers, write_whole
+from llama_adapter_kernels.training.data import Example, Row
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-CHECKPOINT = "checkpoint-"
 CSV_FILE = "training_log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run. Incomplete ones do not exist under this name."""
-    return max(checkpoints(output), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT))
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """All complete checkpoints, in no order."""
-    return [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+_LENGTH = ("epochs", "max_steps")  # settings that a resumed run may change: it goes on for longer
+_MEANING = {"data_sha256": "the data", "base_sha256": "the base model's weights"}
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder with something in it unless --resume or --overwrite says what to do with it."""
+    """Refuses a folder with something in it unless --resume or --overwrite says what to do with it; writes nothing."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite: expected one of them, got both")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: expected a folder, it is a file")
-    if not output.exists() or not any(output.iterdir()):
-        return
+    try:
+        if not output.exists() or not any(output.iterdir()):
+            _check_creatable(output)
+            return
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}") from None
     if not resume and not overwrite:
         raise UserError(f"{output} exists and is not empty: --resume continues its run, --overwrite replaces it")
     if not (output / RUN_FILE).exists():
@@ -45,42 +44,91 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{output}: --{flag}: no earlier run in it, {RUN_FILE} is missing; nothing was touched")
 
 
+@contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Creates the folder and keeps other processes from training into it; the claim ends with the process at the latest.
+
+    Raises:
+        UserError: another process has it, or it cannot be created.
+    """
+    descriptor = None
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another process is training into this folder") from None
+    except OSError as error:
+        if descriptor is None or error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            raise UserError(f"{output}: {error.strerror}") from None
+        log.warning("%s: this file system has no locks: see to it that one process at a time trains into it", output)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
-    """Creates the folder, or clears an earlier run from it, and notes the run; a resumed run must be the noted one.
+    """Clears an earlier run from a claimed folder and notes the new one; a resumed run must be the noted one.
 
     Only checkpoints and logs are removed: the adapter of an earlier run stays until the new one replaces it.
 
+    Args:
+        run: model, data_sha256, base_sha256 and settings.
+
     Raises:
-        UserError: the settings differ from those of the run to resume; both sides are named.
+        UserError: settings, data or base model differ from those of the run to resume; both sides are named.
     """
     path = output / RUN_FILE
-    if resume and path.exists():
-        earlier = _flat(json.loads(path.read_text()))
-        now = _flat(json.loads(json.dumps(run)))
-        differences = [
-            f"{name} was {earlier.get(name)}, is {now.get(name)}"
-            for name in sorted(earlier | now)
-            if earlier.get(name) != now.get(name)
-        ]
-        if differences:
-            raise UserError(f"{output}: --resume needs the run's own settings and data: {'; '.join(differences)}")
-        return
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for folder in (*checkpoints(output), output / TENSORBOARD_FOLDER):
-            shutil.rmtree(folder, ignore_errors=True)
-        (output / CSV_FILE).unlink(missing_ok=True)
-        path.write_text(json.dumps(run, indent=2) + "\n")
+        remove_leftovers(output)
+        if resume and path.exists():
+            _check_same(output, run)
+        else:
+            for folder in checkpoints(output):
+                remove(folder)
+            shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
+            (output / CSV_FILE).unlink(missing_ok=True)
+        write_whole(path, json.dumps(run, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}") from None
 
 
-def data_fingerprint(examples: list[Example]) -> str:
-    """SHA-256 of all tokens and labels: the same data with the same tokenizer and length."""
+def data_fingerprint(rows: Sequence[Row], examples: Sequence[Example]) -> str:
+    """SHA-256 over the text of all rows and over their tokens and labels: the same text, tokenizer and lengths."""
     digest = hashlib.sha256()
-    for example in examples:
+    for row, example in zip(rows, examples, strict=True):
+        digest.update(json.dumps([row.instruction, row.input, row.output]).encode())
         digest.update(json.dumps([example.tokens, example.prompt_length]).encode())
     return digest.hexdigest()
+
+
+def _check_same(output: Path, run: dict[str, Any]) -> None:
+    path = output / RUN_FILE
+    try:
+        earlier = _flat(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path} cannot be read: the run cannot go on, --overwrite starts it anew") from None
+    now = _flat(json.loads(json.dumps(run)))
+    differences = [
+        f"{_MEANING[name]} changed" if name in _MEANING else f"{name} was {earlier.get(name)}, is {now.get(name)}"
+        for name in sorted(earlier | now)
+        if earlier.get(name) != now.get(name) and name not in (*_LENGTH, "model")  # the weights say which model it is
+    ]
+    if differences:
+        raise UserError(f"{output}: --resume needs the run's own settings, data and model: {'; '.join(differences)}")
+
+
+def _check_creatable(output: Path) -> None:
+    """Raises OSError where the folder could not be created or written."""
+    above = output.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{above} cannot be written")
 
 
 def _flat(run: dict[str, Any]) -> dict[str, Any]:

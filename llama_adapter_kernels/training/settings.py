@@ -1,9 +1,12 @@
 """The settings of a fine-tuning run. Defaults: the recipe of the LLaMA-Adapter paper (arXiv 2303.16199)."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.models import check_dtype
 
+DEFAULT_MAX_LENGTH = 512
 SCHEDULED_BATCH_SIZE = 256  # the one that `base_learning_rate` is meant for
 
 
@@ -23,7 +26,7 @@ class Settings:
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float = 0.0  # 0: no clipping
-    max_length: int = 512
+    max_length: int | None = None  # tokens of an example; None: 512, or the model's context where that is shorter
     dtype: str = "auto"
     seed: int = 0
 
@@ -46,11 +49,34 @@ class Execution:
     on_cpu: bool = False
 
 
+# Ranges by name, ends included. The upper ends are far beyond any use; they keep a slip of the finger from an overflow.
+_RANGES: dict[str, tuple[float, float]] = {
+    "prefix_length": (1, 65_536), "layers": (1, 65_536), "epochs": (1, 1_000_000), "warmup_epochs": (0, 1_000_000),
+    "max_steps": (1, 10**12), "batch_size": (1, 10**9), "base_learning_rate": (0, 1e6), "weight_decay": (0, 1e6),
+    "max_gradient_norm": (0, 1e12), "max_length": (8, 10**9), "seed": (0, 2**32 - 1), "micro_batch_size": (1, 10**9),
+    "save_steps": (1, 10**12), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),
+}  # fmt: skip
+_CHOICES = {"gate": ("tanh", "identity"), "gate_shape": ("head", "scalar")}
+
+
 def check_settings(settings: Settings, execution: Execution) -> None:
-    """Raises UserError for a number out of range."""
-    least = {"prefix_length": 1, "epochs": 1, "batch_size": 1, "max_length": 8, "max_steps": 1, "layers": 1,
-             "micro_batch_size": 1, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "warmup_epochs": 0,
-             "base_learning_rate": 0, "weight_decay": 0, "max_gradient_norm": 0, "seed": 0}  # fmt: skip
-    for name, value in (asdict(settings) | asdict(execution)).items():
-        if value is not None and name in least and value < least[name]:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {least[name]}, got {value}")
+    """Raises UserError for whatever is wrong with a setting by itself, whatever the model and the data are."""
+    values = asdict(settings) | asdict(execution)
+    for name, (least, most) in _RANGES.items():
+        value = values[name]
+        if value is not None and not (math.isfinite(value) and least <= value <= most):  # NaN compares false
+            side = f"at most {most:,}" if value > most else f"at least {least}"
+            if not math.isfinite(value):
+                side = f"a number from {least} to {most:,}"
+            raise UserError(f"{option(name)}: expected {side}, got {value}")
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(f"{option(name)}: expected {' or '.join(choices)}, got {values[name]!r}")
+    if not all(0 <= beta < 1 for beta in settings.betas):
+        raise UserError(f"betas: expected two numbers from 0 to below 1, got {settings.betas}")
+    check_dtype(settings.dtype, on_cpu=execution.on_cpu)
+
+
+def option(name: str) -> str:
+    """The command line's name of a setting."""
+    return f"--{name.replace('_', '-')}"

@@ -1,38 +1,33 @@
 """transformers' Trainer for an adapter: packed steps, exact loss normalisation, checkpoints whole or absent."""
 
-import csv
 import logging
-import os
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.training.callbacks import LossProgress, RunningLoss
+from llama_adapter_kernels.training.checkpoints import (
+    CHECKPOINT,
+    STAGING,
+    checkpoints,
+    last_whole_checkpoint,
+    publish,
+    remove,
+    step_of,
+    what_is_broken,
+    write_manifest,
+)
 from llama_adapter_kernels.training.packing import StepDataset, live_positions
-from llama_adapter_kernels.training.run_folder import CHECKPOINT, checkpoints, last_checkpoint, step_of
 
 log = logging.getLogger(__name__)
 
-# A save goes here first and is renamed when it is complete. The dot keeps it out of every search for checkpoints.
-STAGING = ".saving"
 # A full disk, as Python, torch.save and safetensors report it.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -76,6 +71,8 @@ class AdapterTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress())
+        self.running_loss = RunningLoss(self)
+        self.add_callback(self.running_loss)
         self.adapter = adapter
         self.failed_save: str | None = None
         # compute_loss divides by the tokens of the whole step; nothing is left to divide.
@@ -118,9 +115,11 @@ class AdapterTrainer(Trainer):
         """
         output = Path(self.args.output_dir)
         final = output / f"{CHECKPOINT}{self.state.global_step}"
-        if final.exists():  # interrupted right after a save
+        if self.any_rank(final.exists() and what_is_broken(final) is None):  # interrupted right after a save
             return
-        self._staging, problem = output / STAGING, None
+        self.running_loss.total = self.mean_of_ranks(self._tr_loss).item()
+        staged, problem = output / STAGING / final.name, None
+        self._staging = output / STAGING
         try:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
@@ -130,24 +129,43 @@ class AdapterTrainer(Trainer):
             problem = _first_line(error)
         finally:
             self._staging = None
-        if self.any_rank(problem is not None):
+        failed = self.any_rank(problem is not None)
+        if not failed and self.args.should_save:
+            try:
+                write_manifest(staged)
+            except SAVE_ERRORS as error:
+                problem = _first_line(error)
+        if failed or self.any_rank(problem is not None):
             self.failed_save = problem or "another process could not write"
-            previous = last_checkpoint(output)
+            previous, _ = last_whole_checkpoint(output)
             kept = f"{previous} is whole" if previous else "there is no earlier one"
             log.warning("could not save %s: %s; %s; training goes on", final, self.failed_save, kept)
             shutil.rmtree(output / STAGING, ignore_errors=True)
             return
         self.failed_save = None
         if self.args.should_save:
-            os.rename(output / STAGING / final.name, final)
+            publish(staged, final)
             shutil.rmtree(output / STAGING, ignore_errors=True)
             self._remove_old(output)
         self._wait_for_everyone()
 
     def _remove_old(self, output: Path) -> None:
-        paths = sorted(checkpoints(output), key=step_of)
+        """Newer checkpoints than this step are broken ones that the run was not resumed from; they get replaced."""
+        paths = [path for path in checkpoints(output) if step_of(path) <= self.state.global_step]
         for path in paths[: -self.args.save_total_limit] if self.args.save_total_limit else []:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
+
+    # ---- going on ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A run that was made longer follows the longer run's schedule from here on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            schedule = self.lr_scheduler
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+                group["lr"] = base * factor
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         pass  # the adapter was loaded before: it has to be there when the optimizer is made
@@ -159,102 +177,13 @@ class AdapterTrainer(Trainer):
         flags = torch.tensor([int(flag)], device=self.args.device)
         return bool(self.accelerator.reduce(flags, reduction="sum").item())
 
+    def mean_of_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over all processes; all must call it."""
+        return value if self.args.world_size == 1 else self.accelerator.reduce(value, reduction="mean")
+
     def _wait_for_everyone(self) -> None:
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
-
-
-class EpochOfData(TrainerCallback):
-    """Tells the data set which epoch it is, from the number of steps done: exact after a resume."""
-
-    def __init__(self, dataset: StepDataset) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.dataset.epoch = state.global_step // self.dataset.steps
-
-
-class CsvLog(TrainerCallback):
-    """step, epoch, loss, learning_rate, grad_norm of every logged step; after a resume, lines past it are dropped."""
-
-    FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            kept = [row for row in read_csv_log(self.path) if row["step"] <= state.global_step]
-            self._write("w", kept)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self._write("a", [{"step": state.global_step, **logs}])
-
-    def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
-        try:
-            with self.path.open(mode, newline="") as file:
-                writer = csv.DictWriter(file, self.FIELDS, extrasaction="ignore")
-                if mode == "w":
-                    writer.writeheader()
-                writer.writerows(rows)
-        except OSError as error:  # a full disk must not end the training
-            log.warning("%s: %s", self.path, error.strerror)
-
-
-def read_csv_log(path: Path) -> list[dict[str, float]]:
-    """The rows of `training_log.csv`; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: float(value) for key, value in row.items()} for row in rows if all(row.values())]
-
-
-class LossProgress(ProgressCallback):
-    """A progress bar with the latest loss in it, instead of a line for every logged step."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-class StopOnSignal(TrainerCallback):
-    """After Ctrl-C or SIGTERM: finish the step, save, stop. All ranks stop at the same step. A second Ctrl-C kills."""
-
-    def __init__(self, any_rank: Callable[[bool], bool]) -> None:
-        self.received = False
-        self.stopped = False
-        self._any_rank = any_rank
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._any_rank(self.received):
-            self.stopped = state.global_step < state.max_steps
-            control.should_save = True
-            control.should_training_stop = True
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        first = 0.0
-
-        def handler(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if not self.received:
-                self.received, first = True, time.monotonic()
-                log.warning("stopping after this step and saving; press Ctrl-C again to quit without saving")
-            elif time.monotonic() - first > 2:  # torchrun passes on a Ctrl-C that its processes got already
-                raise KeyboardInterrupt
-
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
 
 
 def _only_item(items: list[dict[str, Any]]) -> dict[str, Any]:

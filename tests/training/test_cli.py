@@ -1,5 +1,6 @@
 """The command line as a whole: help is fast and complete, info says what is here."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.cli import app
+from llama_adapter_kernels.commands.finetune import _losses
 from llama_adapter_kernels.ops import backends
 
 
@@ -58,3 +60,39 @@ def test_a_mistake_in_finetune_costs_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "error: /absent.json: No such file or directory" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"llama-adapter-kernels {lak.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({1: 5.0}, "Loss 5.0000 (step 1)"),
+        ({1: 5.0, 2: 4.0}, "Loss 5.0000 (step 1), then 4.0000 (step 2)"),
+        ({1: 5.0, 10: 4.0, 14: 3.0}, "Loss 5.0000 (step 1), then 3.0000 (mean of steps 11 to 14)"),
+    ],
+)
+def test_the_losses_in_a_line(losses: dict[int, float], said: str) -> None:
+    assert _losses(losses) == said
+
+
+def test_the_last_step_is_logged(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = ["--model", tiny_model, "--data", rows_file, "--output", tmp_path / "run", "--cpu", "--max-steps", 4,
+               "--batch-size", 8, "--no-tensorboard", "--no-progress-bar"]  # fmt: skip
+    result = CliRunner().invoke(app, ["finetune", *map(str, options)])
+    assert result.exit_code == 0
+    assert "(mean of steps 2 to 4)" in result.stdout
+
+
+def test_what_a_terminal_cannot_show_is_escaped() -> None:
+    code = (
+        "import typer; from llama_adapter_kernels.cli import app\n"
+        "app.command('say')(lambda: typer.echo('caf\\u00e9 \\u4f60'))\n"
+        "app(['say'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment, text=True)
+    assert result.stdout == "caf\\xe9 \\u4f60\n"

@@ -1,6 +1,10 @@
 """Answers: the same alone and in a ragged batch, with and without adapter; their end, their sampling, the command."""
 
 import json
+import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,7 +123,18 @@ def test_a_prompt_longer_than_the_context(base: Answerer) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str
+    "arguments",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": 1e-30},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": math.nan},
+    ],
+    ids=str,
 )
 def test_sampling_out_of_range(arguments: dict[str, float]) -> None:
     with pytest.raises(UserError, match="expected"):
@@ -160,6 +175,31 @@ def test_command(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_text() == lines
 
 
+def test_a_row_that_is_too_long_costs_its_own_answer_alone(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_text("Go.\n" + "word " * 600 + "\nOpen the file.\n")
+    status, lines, error = generate(tiny_model, "--file", file)
+    assert status == 1
+    assert re.search(
+        r"error: .*rows.txt, row 2: the instruction has \d+ tokens, the model's context ends at 512", error
+    )
+    answers = [json.loads(line) for line in lines.splitlines()]
+    assert [set(answer) for answer in answers] == [
+        {"instruction", "input", key} for key in ("output", "error", "output")
+    ]
+    file.write_text("Go.\nOpen the file.\n")
+    _, without, _ = generate(tiny_model, "--file", file)
+    assert [answers[0], answers[2]] == [json.loads(line) for line in without.splitlines()]
+
+
+def test_what_is_no_text_costs_one_line_of_a_conversation(tiny_model: Path) -> None:
+    arguments = ["-m", "llama_adapter_kernels", "generate", "--model", tiny_model, "--cpu", "--max-new-tokens", "5"]
+    result = subprocess.run([sys.executable, *arguments], input=b"\xff\xfe\nGo.\n", capture_output=True, check=True)
+    assert b"error: expected text, got a lone surrogate" in result.stderr
+    assert b"Traceback" not in result.stderr
+    assert result.stdout.strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -169,6 +209,15 @@ def test_command(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
         (["--instruction", "x", "--adapter", "/absent"], "no such folder"),
         (["--instruction", "x", "--top-p", "2"], "--top-p"),
         (["--instruction", "x", "--dtype", "int8"], "--dtype: expected one of"),
+        (["--instruction", "x", "--temperature", "nan"], "--temperature: expected 0"),
+        (["--instruction", "x", "--seed", "-1"], "--seed: expected a number from 0"),
+        (["--instruction", "x", "--seed", str(2**70)], "--seed: expected a number from 0"),
+        (["--instruction", "x \udcff"], "--instruction: expected text, got a lone surrogate"),
+        (["--instruction", "x", "--input", "\ud83d"], "--input: expected text, got a lone surrogate"),
+        (["--input", "x"], "--input: belongs to an --instruction"),
+        (["--instruction", "x", "--output", "y"], "--output: belongs to a --file"),
+        (["--file", "y", "--output", "/absent/z"], "its folder does not exist"),
+        (["--file", "y", "--output", "/tmp"], "it is a folder"),
     ],
 )
 def test_mistakes_cost_one_line(tiny_model: Path, arguments: list[str], said: str) -> None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model_and_tokenizer
-from llama_adapter_kernels.training import trainer
+from llama_adapter_kernels.training.checkpoints import STAGING
 from llama_adapter_kernels.training.data import Example, read_rows, tokenize
 from llama_adapter_kernels.training.finetune import attach, train
 from llama_adapter_kernels.training.settings import Execution, Settings
@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
     files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     assert files == {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
-    assert not (tmp_path / trainer.STAGING).exists()
+    assert not (tmp_path / STAGING).exists()
 
 
 def test_a_disk_full_to_the_end_says_what_is_left(

@@ -1,6 +1,9 @@
 """Training: losses are exact whatever the micro-batches, processes and interruptions; nothing is saved by halves."""
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +16,15 @@ import torch
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model_and_tokenizer
+from llama_adapter_kernels.training import finetune as fine_tuning
 from llama_adapter_kernels.training import trainer
+from llama_adapter_kernels.training.callbacks import read_csv_log
+from llama_adapter_kernels.training.checkpoints import STAGING, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import read_rows, tokenize
 from llama_adapter_kernels.training.finetune import Outcome, attach, train
 from llama_adapter_kernels.training.packing import pack
-from llama_adapter_kernels.training.run_folder import CSV_FILE, last_checkpoint, step_of
-from llama_adapter_kernels.training.settings import Execution, Settings
+from llama_adapter_kernels.training.run_folder import CSV_FILE
+from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
 from tests.support.runs import QUIET, SHORT, run, weights
 
 
@@ -37,7 +43,7 @@ def test_only_the_adapter_is_saved(short_run: tuple[Outcome, Path], tiny_model: 
     for folder in (output, output / "checkpoint-5", output / "checkpoint-6"):
         assert sum(tensor.numel() for tensor in weights(folder).values()) == outcome.trainable_parameters
     assert sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) < 300_000
-    assert not (output / trainer.STAGING).exists()
+    assert not (output / STAGING).exists()
 
 
 def test_losses_are_what_a_plain_computation_gives(
@@ -91,7 +97,7 @@ def test_two_processes_give_the_losses_of_one(
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
     expected, output = short_run
-    losses = {int(row["step"]): row["loss"] for row in trainer.read_csv_log(tmp_path / "run" / CSV_FILE)}
+    losses = {int(row["step"]): row["loss"] for row in read_csv_log(tmp_path / "run" / CSV_FILE)}
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     for name, tensor in weights(output).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-4)
@@ -103,7 +109,7 @@ def interrupt(arguments: list[str], output: Path, step: int, number: signal.Sign
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         deadline = time.monotonic() + 90
-        while max((row["step"] for row in trainer.read_csv_log(output / CSV_FILE)), default=0) < step:
+        while max((row["step"] for row in read_csv_log(output / CSV_FILE)), default=0) < step:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -121,14 +127,14 @@ def test_killed_and_interrupted_runs_go_on_exactly(tiny_model: Path, rows_file: 
     arguments = command(tiny_model, rows_file, output, "--epochs", "60")
     status, _ = interrupt(arguments, output, 12, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    assert last_checkpoint(output) is not None
+    assert last_whole_checkpoint(output)[0] is not None
 
     arguments.append("--resume")
-    status, text = interrupt(arguments, output, trainer.read_csv_log(output / CSV_FILE)[-1]["step"] + 3, signal.SIGINT)
+    status, text = interrupt(arguments, output, read_csv_log(output / CSV_FILE)[-1]["step"] + 3, signal.SIGINT)
     assert status == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
-    stopped = step_of(last_checkpoint(output))
+    [stopped] = {step_of(path) for path in [last_whole_checkpoint(output)[0]] if path}
     assert 12 < stopped < 180
     assert f"Stopped after step {stopped}" in text
 
@@ -157,16 +163,44 @@ def test_a_batch_without_live_labels_contributes_nothing(tiny_model: Path, rows_
     [
         ({"epochs": 0}, "--epochs: expected at least 1, got 0"),
         ({"layers": 4}, "the model has 3 layers, got 4"),
+        ({"base_learning_rate": math.nan}, "--base-learning-rate: expected a number from 0 to .*, got nan"),
+        ({"weight_decay": math.inf}, "--weight-decay: expected a number from 0 to .*, got inf"),
+        ({"warmup_epochs": math.nan}, "--warmup-epochs: expected a number"),
+        ({"max_gradient_norm": -1.0}, "--max-gradient-norm: expected at least 0"),
+        ({"seed": 2**32}, "--seed: expected at most 4,294,967,295"),
+        ({"seed": -1}, "--seed: expected at least 0"),
+        ({"epochs": 10**30}, "--epochs: expected at most"),
+        ({"prefix_length": 10**12}, "--prefix-length: expected at most"),
+        ({"gate": "sigmoid"}, "--gate: expected tanh or identity, got 'sigmoid'"),
+        ({"gate_shape": "layer"}, "--gate-shape: expected head or scalar, got 'layer'"),
+        ({"betas": (0.9, 1.0)}, "betas: expected two numbers"),
+        ({"max_length": 513}, r"--max-length: expected at most 512 \(the model's context\), got 513"),
         ({"dtype": "float8"}, "--dtype: expected one of"),
         ({"dtype": "float16"}, "needs a GPU"),
         ({"max_length": 30}, "no example has room for a response"),
     ],
 )
 def test_settings_out_of_range(
-    tiny_model: Path, rows_file: Path, tmp_path: Path, change: dict[str, Any], said: str
+    tiny_model: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Noticed before a weight is loaded, and nothing is written: the corrected command can be given as it is."""
+    monkeypatch.setattr(fine_tuning, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         run(tiny_model, rows_file, tmp_path / "run", Settings(**{**SHORT.__dict__, **change}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_length_is_the_papers_or_the_models(tiny_model: Path, tmp_path: Path) -> None:
+    assert fine_tuning.fitted_settings(str(tiny_model), SHORT).max_length == 512
+    shutil.copytree(tiny_model, tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100}))
+    assert fine_tuning.fitted_settings(str(tmp_path / "short"), SHORT).max_length == 100
 
 
 def test_models_that_are_none(rows_file: Path, tmp_path: Path) -> None:
@@ -191,6 +225,6 @@ def test_defaults_are_the_papers_recipe() -> None:
         (0.9, 0.95),
         0.02,
     )
-    assert settings.max_length == 512
+    assert DEFAULT_MAX_LENGTH == 512
     assert Settings(batch_size=256).learning_rate == pytest.approx(9e-3)
     assert Settings(batch_size=32).learning_rate == pytest.approx(9e-3 / 8)
