@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llama_adapter_kernels.commands import demo, evaluate, finetune, generate, info
+from llama_adapter_kernels.commands import demo, encode, evaluate, finetune, generate, info
 from llama_adapter_kernels.commands.bench import bench, bench_check, bench_report
 from llama_adapter_kernels.errors import UserError
 
@@ -83,6 +83,7 @@ def main(
 
 app.command()(finetune.finetune)
 app.command()(generate.generate)
+app.command()(encode.encode)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(info.info)

@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITIONING
+from llama_adapter_kernels.integrations.conditioning import has_conditioning
 from llama_adapter_kernels.models import (
     adapter_error_as_user_error,
     context_length,
@@ -66,8 +69,26 @@ class Answerer:
         """
         prompts = [prompt_tokens(row, self.tokenizer) for row in rows]
         streamer = None if stream is None else _streamer(self.tokenizer, stream)
-        answers = self.continuations(prompts, sampling, streamer)
+        with self._seeing(rows):
+            answers = self.continuations(prompts, sampling, streamer)
         return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
+
+    def _seeing(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """The model sees the pictures, or hears the sounds, of the rows.
+
+        Raises:
+            UserError: a row has one and the adapter has no eyes or ears for it, or the file cannot be decoded.
+        """
+        if not any(row.media for row in rows):
+            return nullcontext()
+        conditioning: Any = getattr(self.model, CONDITIONING, None)
+        for row in rows:
+            kind = "image" if row.image else "audio"
+            if row.media and (conditioning is None or conditioning.config.modality != kind):
+                has = "no conditioning" if conditioning is None else f"one for {conditioning.config.modality}"
+                raise UserError(f"{row.media}: expected an adapter with a conditioning for {kind}, this one has {has}")
+        seeing: AbstractContextManager[None] = conditioning.seeing([row.media for row in rows])
+        return seeing
 
     @torch.inference_mode()
     def continuations(self, prompts: Sequence[list[int]], sampling: Sampling, streamer: Any = None) -> list[list[int]]:
@@ -149,6 +170,8 @@ def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: 
     if adapter is not None:
         with adapter_error_as_user_error():
             lak.load_adapter(network, adapter)
+            if has_conditioning(adapter):
+                lak.load_conditioning(network, adapter)
     return Answerer(network.to(device), tokenizer)
 
 

@@ -41,6 +41,13 @@ def finetune(
     tensorboard: Annotated[bool, Option(help="Log to OUTPUT/tensorboard besides training_log.csv.")] = True,
     progress_bar: Annotated[bool, Option(help="Show one.")] = True,
     seed: Annotated[int, Option(help="Of prompts and the order of examples.")] = 0,
+    image_encoder: Annotated[str | None, Option(help="Rows have an image; transformers folder or hub name.")] = None,
+    audio_encoder: Annotated[str | None, Option(help="Rows have audio; the same, or log-mel.")] = None,
+    conditioning: Annotated[str, Option(help="queries, multi_scale, imagebind or mu_llama.")] = "queries",
+    depths: Annotated[int | None, Option(help="Layers of the encoder that multi_scale and mu_llama read.")] = None,
+    fusion: Annotated[str, Option(help="all, or early: the image in the first adapted layer alone.")] = "all",
+    conditioning_rate: Annotated[float, Option(help="Learning rate of the conditioning over the adapter's.")] = 1.0,
+    features: Annotated[Path | None, Option(help="Folder that keeps the encoder's features.")] = None,
     cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
 ) -> None:
     """Fine-tune an adapter on instructions. The base model stays frozen and only the adapter is saved.
@@ -68,6 +75,12 @@ def finetune(
         max_length=max_length,
         dtype=dtype,
         seed=seed,
+        image_encoder=image_encoder,
+        audio_encoder=audio_encoder,
+        conditioning=conditioning,
+        conditioning_sizes=() if depths is None else (("depths", depths),),
+        fusion=fusion,
+        conditioning_rate=conditioning_rate,
     )
     execution = Execution(
         micro_batch_size=micro_batch_size,
@@ -78,6 +91,7 @@ def finetune(
         tensorboard=tensorboard,
         progress_bar=progress_bar,
         on_cpu=cpu or not torch.cuda.is_available(),
+        features=None if features is None else str(features),
     )
     outcome = run(
         model, data, output, settings, execution, resume=resume, overwrite=overwrite, skip_bad_rows=skip_bad_rows

@@ -23,6 +23,8 @@ def generate(
     adapter: Annotated[Path | None, Option(help="Folder of a saved adapter; without: the base model answers.")] = None,
     instruction: Annotated[str | None, Option(help="One instruction. Without it and --file: interactive.")] = None,
     input: Annotated[str, Option(help="Further context for --instruction.")] = "",
+    image: Annotated[Path | None, Option(help="A picture that --instruction is about.")] = None,
+    audio: Annotated[Path | None, Option(help="A sound that --instruction is about.")] = None,
     file: Annotated[Path | None, Option(help="Many: Alpaca JSON or JSONL, or .txt with one a line.")] = None,
     output: Annotated[Path | None, Option(help="JSONL file for the answers to --file.  [default: print them]")] = None,
     batch_size: Annotated[int, Option(help="Instructions answered at a time, with --file.")] = 8,
@@ -38,6 +40,7 @@ def generate(
     A row of --file that cannot be answered gets an "error" in place of its output, and the exit status is 1.
     """
     _check(instruction, input, file, output, batch_size, seed)
+    _check_media(instruction, adapter, image, audio)
     import torch
 
     from llama_adapter_kernels.generate import Sampling, load_answerer, read_instructions
@@ -53,7 +56,7 @@ def generate(
     if file is not None:
         _answer_file(answerer, rows, sampling, batch_size, file, output)
     elif instruction is not None:
-        answerer.answer([Row(instruction, input)], sampling, stream=_write)
+        answerer.answer([Row(instruction, input, "", image, audio)], sampling, stream=_write)
     else:
         _converse(answerer, sampling)
 
@@ -83,6 +86,18 @@ def _check(
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed: expected a number from 0 to 2**63 - 1, got {seed}")
+
+
+def _check_media(instruction: str | None, adapter: Path | None, image: Path | None, audio: Path | None) -> None:
+    if image is not None and audio is not None:
+        raise UserError("--image, --audio: expected one of them, got both")
+    for name, path in (("image", image), ("audio", audio)):
+        if path is None:
+            continue
+        if instruction is None or adapter is None:
+            raise UserError(f"--{name}: belongs to an --instruction and an --adapter that was trained with {name}s")
+        if not path.is_file():
+            raise UserError(f"--{name} {path}: no such file")
 
 
 def _answer_file(

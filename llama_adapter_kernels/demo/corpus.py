@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tests have no prose; the other folders are not the library proper, or depend on what else is installed.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "__pycache__"})
@@ -54,7 +55,7 @@ class Example:
     signature: str
     answer: str
 
-    def row(self) -> dict[str, str]:
+    def row(self) -> dict[str, Any]:
         return {"instruction": INSTRUCTION, "input": self.signature, "output": self.answer}
 
 

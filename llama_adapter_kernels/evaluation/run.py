@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def predict(
             if task.name == "held_out":
                 answers = list(response_losses(answerer.model, answerer.tokenizer, items, batch))
             else:
-                rows = [items[number].row for number in batch]
+                asked = [items[number] for number in batch]
+                rows = [replace(item.row, image=item.image, audio=item.audio) for item in asked]
                 answers = answerer.answer(rows, Sampling(max_new_tokens or task.max_new_tokens))
             predictions.add({items[number].id: answer for number, answer in zip(batch, answers, strict=True)})
         done += len(batch)

@@ -12,6 +12,7 @@ from llama_adapter_kernels.errors import UserError, text_problem
 
 log = logging.getLogger(__name__)
 
+MEDIA = ("image", "audio")  # fields of a row with a path relative to the file of the row
 IGNORED_LABEL = -100  # torch's cross_entropy and transformers skip it
 _REPORTED_ROWS = 5  # of the skipped ones, by name; the rest are counted
 
@@ -27,11 +28,18 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One instruction; `input` and `output` may be empty."""
+    """One instruction; `input` and `output` may be empty. It may be about one picture or one sound."""
 
     instruction: str
     input: str = ""
     output: str = ""
+    image: Path | None = None
+    audio: Path | None = None
+
+    @property
+    def media(self) -> Path | None:
+        """The file that the instruction is about."""
+        return self.image or self.audio
 
     @property
     def prompt(self) -> str:
@@ -50,6 +58,7 @@ class Example:
 
     tokens: tuple[int, ...]
     prompt_length: int
+    media: Path | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -60,7 +69,7 @@ class Example:
 
     def without_labels(self) -> "Example":
         """The same tokens, contributing nothing."""
-        return Example(self.tokens, len(self.tokens))
+        return Example(self.tokens, len(self.tokens), self.media)
 
 
 def read_rows(path: Path, *, skip_bad_rows: bool = False, need_output: bool = True) -> list[Row]:
@@ -84,9 +93,10 @@ def read_rows(path: Path, *, skip_bad_rows: bool = False, need_output: bool = Tr
     rows: list[Row] = []
     bad: list[str] = []
     for where, value in _json_values(path, text):
-        problem = str(value) if isinstance(value, _NoJson) else _problem(value, need_output)
+        problem = str(value) if isinstance(value, _NoJson) else _problem(value, need_output, path.parent)
         if problem is None:
-            rows.append(Row(value["instruction"], value.get("input") or "", value.get("output") or ""))
+            media = {kind: path.parent / value[kind] for kind in MEDIA if value.get(kind)}
+            rows.append(Row(value["instruction"], value.get("input") or "", value.get("output") or "", **media))
         elif skip_bad_rows:
             bad.append(f"{where}: {problem}")
         else:
@@ -118,10 +128,10 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list
         tokens = begin + tokenizer.encode(row.prompt + row.output, add_special_tokens=False)
         if tokens[: len(prompt)] != prompt:  # a token such as ":'": no prompt that generation sees
             tokens = prompt + _continuation(row.output, tokenizer)
-        example = Example((*tokens, tokenizer.eos_token_id), len(prompt))
+        example = Example((*tokens, tokenizer.eos_token_id), len(prompt), row.media)
         if len(example) > max_length:
             truncated += 1
-            example = Example((*tokens[: max_length - 1], tokenizer.eos_token_id), len(prompt))
+            example = Example((*tokens[: max_length - 1], tokenizer.eos_token_id), len(prompt), row.media)
             if len(prompt) >= max_length - 1:
                 silent += 1
                 example = example.without_labels()
@@ -183,7 +193,7 @@ def _parse(text: str) -> Any:
     return problem
 
 
-def _problem(value: Any, need_output: bool) -> str | None:
+def _problem(value: Any, need_output: bool, folder: Path) -> str | None:
     """Why a parsed row does not fit; None when it does."""
     if not isinstance(value, dict):
         return f"expected an object with instruction, input and output, got {_kind(value)}"
@@ -198,6 +208,19 @@ def _problem(value: Any, need_output: bool) -> str | None:
             return f'field "{field}": {problem}'
     if not value["instruction"].strip():
         return 'field "instruction" is empty'
+    return _media_problem(value, folder)
+
+
+def _media_problem(value: dict[str, Any], folder: Path) -> str | None:
+    """Why the picture or sound of a row does not fit; whether it can be decoded shows when it is encoded."""
+    given = [kind for kind in MEDIA if value.get(kind)]
+    if len(given) > 1:
+        return 'fields "image" and "audio": expected one of them, got both'
+    for kind in given:
+        if not isinstance(value[kind], str):
+            return f'field "{kind}": expected a path as text, got {_kind(value[kind])}'
+        if not (folder / value[kind]).is_file():
+            return f'field "{kind}": no file {folder / value[kind]}'
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.media.encoders import Encoder, load_encoder
 from llama_adapter_kernels.models import (
     adapter_error_as_user_error,
     context_length,
@@ -21,7 +22,7 @@ from llama_adapter_kernels.models import (
     weights_fingerprint,
 )
 from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.data import Example, read_rows, tokenize
+from llama_adapter_kernels.training.data import MEDIA, Example, Row, read_rows, tokenize
 from llama_adapter_kernels.training.packing import StepDataset
 from llama_adapter_kernels.training.run_folder import (
     CSV_FILE,
@@ -76,6 +77,8 @@ def finetune(
             with claim(output):  # or another process is training into it
                 pass
     rows = read_rows(data, skip_bad_rows=skip_bad_rows)
+    check_media(data, rows, settings)
+    encoder = encoder_of(settings)
     settings = fitted_settings(model, settings)
     tokenizer = load_tokenizer(model)
     assert settings.max_length is not None
@@ -96,6 +99,7 @@ def finetune(
             prepare_output(output, run, resume=resume)
         checkpoint = checkpoint_to_resume(output) if resume else None
         adapter = attach(network, settings, checkpoint)
+        attach_senses(network, encoder, settings, execution, checkpoint)
         return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
 
 
@@ -148,6 +152,53 @@ def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> 
         return lak.attach_adapter(network, adapter_config(network, settings))
 
 
+def check_media(data: Path, rows: Sequence[Row], settings: Settings) -> None:
+    """Raises UserError where rows have pictures or sounds and no encoder is given for them, or the other way round."""
+    for kind in MEDIA:
+        encoder = getattr(settings, f"{kind}_encoder")
+        number = next((number for number, row in enumerate(rows, 1) if getattr(row, kind) is not None), None)
+        if number is not None and encoder is None:
+            raise UserError(f'{data}, row {number}: it has "{kind}"; expected --{kind}-encoder to see or hear it with')
+        if number is None and encoder is not None:
+            raise UserError(f'--{kind}-encoder {encoder}: expected rows with "{kind}" in {data}, none has it')
+
+
+def encoder_of(settings: Settings) -> Encoder | None:
+    """The encoder that the settings name; None if they name none.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    for kind in MEDIA:
+        name = getattr(settings, f"{kind}_encoder")
+        if name is not None:
+            return load_encoder(name, kind)
+    return None
+
+
+def attach_senses(
+    network: Any, encoder: Encoder | None, settings: Settings, execution: Execution, checkpoint: Path | None = None
+) -> "lak.Conditioning | None":
+    """Lets the attached adapter see or hear through `encoder`, if there is one; as in a checkpoint, or anew.
+
+    Raises:
+        UserError: the encoder does not fit the settings or the checkpoint.
+    """
+    if encoder is None:
+        return None
+    sizes: dict[str, Any] = dict(settings.conditioning_sizes)
+    with adapter_error_as_user_error():
+        if checkpoint is not None:
+            conditioning = lak.load_conditioning(network, checkpoint, encoder)
+        else:
+            conditioning = lak.attach_conditioning(
+                network, encoder, kind=settings.conditioning, modality=encoder.modality, fusion=settings.fusion, **sizes
+            )
+        if execution.features is not None:
+            conditioning.keep_features_in(execution.features)
+    return conditioning
+
+
 def train(
     network: Any,
     adapter: "lak.ZeroGateAdapter",
@@ -175,7 +226,7 @@ def train(
     from llama_adapter_kernels.training import callbacks as reporting
     from llama_adapter_kernels.training import trainer as training
 
-    trainable = adapter.num_parameters()
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     arguments = TrainingArguments(
         output_dir=str(output),
         use_cpu=execution.on_cpu,
@@ -215,7 +266,9 @@ def train(
     own: list[Any] = [reporting.EpochOfData(dataset), reporting.LogEnds(), reporting.CsvLog(output / CSV_FILE)]
     if execution.tensorboard and arguments.process_index == 0:
         own += _tensorboard(output / TENSORBOARD_FOLDER)
-    trainer = training.AdapterTrainer(network, adapter, arguments, dataset, callbacks=[*own, *callbacks])
+    trainer = training.AdapterTrainer(
+        network, adapter, arguments, dataset, settings.conditioning_rate, callbacks=[*own, *callbacks]
+    )
     stop = reporting.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
     log.info(

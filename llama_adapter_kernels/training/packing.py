@@ -20,10 +20,13 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     Returns:
         input_ids, labels, position_ids: [1, T] int64, T the sum of lengths; positions restart with every sequence.
         cu_seq_lens_q, cu_seq_lens_k: [sequences + 1] int32 offsets. max_length_q, max_length_k: the longest sequence.
+        media: the file that each sequence is about, or None; where any has one.
     """
     lengths = [len(example) for example in examples]
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    media = [example.media for example in examples]
     return {
+        **({"media": media} if any(media) else {}),
         "input_ids": torch.tensor([[token for example in examples for token in example.tokens]]),
         "labels": torch.tensor([[label for example in examples for label in example.labels]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],

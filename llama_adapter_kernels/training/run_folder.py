@@ -99,7 +99,7 @@ def data_fingerprint(rows: Sequence[Row], examples: Sequence[Example]) -> str:
     """SHA-256 over the text of all rows and over their tokens and labels: the same text, tokenizer and lengths."""
     digest = hashlib.sha256()
     for row, example in zip(rows, examples, strict=True):
-        digest.update(json.dumps([row.instruction, row.input, row.output]).encode())
+        digest.update(json.dumps([row.instruction, row.input, row.output, str(row.media or "")]).encode())
         digest.update(json.dumps([example.tokens, example.prompt_length]).encode())
     return digest.hexdigest()
 

@@ -29,6 +29,12 @@ class Settings:
     max_length: int | None = None  # tokens of an example; None: 512, or the model's context where that is shorter
     dtype: str = "auto"
     seed: int = 0
+    image_encoder: str | None = None  # rows have pictures, which this encoder sees; a folder or hub name
+    audio_encoder: str | None = None  # rows have sounds
+    conditioning: str = "queries"  # how features become prompts, see ConditioningConfig
+    conditioning_sizes: tuple[tuple[str, int], ...] = ()  # its depths, inner_size, blocks, heads where not as published
+    fusion: str = "all"
+    conditioning_rate: float = 1.0  # its learning rate over the adapter's
 
     @property
     def learning_rate(self) -> float:
@@ -47,6 +53,7 @@ class Execution:
     tensorboard: bool = True
     progress_bar: bool = True
     on_cpu: bool = False
+    features: str | None = None  # folder where features of pictures and sounds are kept
 
 
 # Ranges by name, ends included. The upper ends are far beyond any use; they keep a slip of the finger from an overflow.
@@ -54,9 +61,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "prefix_length": (1, 65_536), "layers": (1, 65_536), "epochs": (1, 1_000_000), "warmup_epochs": (0, 1_000_000),
     "max_steps": (1, 10**12), "batch_size": (1, 10**9), "base_learning_rate": (0, 1e6), "weight_decay": (0, 1e6),
     "max_gradient_norm": (0, 1e12), "max_length": (8, 10**9), "seed": (0, 2**32 - 1), "micro_batch_size": (1, 10**9),
-    "save_steps": (1, 10**12), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),
+    "save_steps": (1, 10**12), "conditioning_rate": (0, 1e6), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),
 }  # fmt: skip
-_CHOICES = {"gate": ("tanh", "identity"), "gate_shape": ("head", "scalar")}
+_CHOICES = {
+    "gate": ("tanh", "identity"),
+    "gate_shape": ("head", "scalar"),
+    "conditioning": ("multi_scale", "queries", "imagebind", "mu_llama"),
+    "fusion": ("all", "early"),
+}
 
 
 def check_settings(settings: Settings, execution: Execution) -> None:
@@ -74,6 +86,8 @@ def check_settings(settings: Settings, execution: Execution) -> None:
             raise UserError(f"{option(name)}: expected {' or '.join(choices)}, got {values[name]!r}")
     if not all(0 <= beta < 1 for beta in settings.betas):
         raise UserError(f"betas: expected two numbers from 0 to below 1, got {settings.betas}")
+    if settings.image_encoder is not None and settings.audio_encoder is not None:
+        raise UserError("--image-encoder, --audio-encoder: expected one of them, got both")
     check_dtype(settings.dtype, on_cpu=execution.on_cpu)
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.modeling_utils import unwrap_model
 
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITIONING
 from llama_adapter_kernels.training.callbacks import LossProgress, RunningLoss
 from llama_adapter_kernels.training.checkpoints import (
     CHECKPOINT,
@@ -54,10 +58,19 @@ def response_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]
 
     The vocabulary is projected for these positions alone. A batch without any gives 0, with gradients of 0.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "media")}
     positions, targets = live_positions(batch["labels"])
-    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
+    with _seeing(model, batch.get("media")):
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
     return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum"), len(targets)
+
+
+def _seeing(model: nn.Module, media: Sequence[Path | None] | None) -> AbstractContextManager[None]:
+    """The model sees the pictures, or hears the sounds, of a packed batch, one for each sequence."""
+    if media is None:
+        return nullcontext()
+    seeing: AbstractContextManager[None] = getattr(unwrap_model(model), CONDITIONING).seeing(media)
+    return seeing
 
 
 class AdapterTrainer(Trainer):
@@ -66,7 +79,13 @@ class AdapterTrainer(Trainer):
     _staging: Path | None = None
 
     def __init__(
-        self, model: nn.Module, adapter: Any, args: TrainingArguments, dataset: StepDataset, **more: Any
+        self,
+        model: nn.Module,
+        adapter: Any,
+        args: TrainingArguments,
+        dataset: StepDataset,
+        conditioning_rate: float = 1.0,
+        **more: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
         if self.pop_callback(ProgressCallback) is not None:
@@ -74,6 +93,7 @@ class AdapterTrainer(Trainer):
         self.running_loss = RunningLoss(self)
         self.add_callback(self.running_loss)
         self.adapter = adapter
+        self.conditioning_rate = conditioning_rate
         self.failed_save: str | None = None
         # compute_loss divides by the tokens of the whole step; nothing is left to divide.
         self.loss_is_scaled_for_ga = True
@@ -98,6 +118,21 @@ class AdapterTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate takes every parameter for trained
+
+    def create_optimizer(self, *arguments: Any, **more: Any) -> Any:
+        """The conditioning, where there is one, learns at a rate of its own."""
+        optimizer = super().create_optimizer(*arguments, **more)
+        conditioning = getattr(unwrap_model(self.model), CONDITIONING, None)
+        if conditioning is None or self.conditioning_rate == 1.0:
+            return optimizer
+        own = {id(parameter) for parameter in conditioning.parameters()}
+        for group in list(optimizer.param_groups):
+            mine = [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            if mine:
+                options = {name: value for name, value in group.items() if name != "params"}
+                optimizer.add_param_group({**options, "params": mine, "lr": group["lr"] * self.conditioning_rate})
+        return optimizer
 
     # ---- saving ----
 
