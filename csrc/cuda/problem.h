@@ -12,6 +12,8 @@
 
 namespace lak {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 struct Sequence {
   int first_query, first_key;  // rows in memory
   int queries, keys;
@@ -80,16 +82,16 @@ __device__ __forceinline__ int64_t statistic_row(const ZeroGateParams& p, const 
 
 // What is added to a scaled score, times log2(e).
 __device__ __forceinline__ float mask_value(const MaskView& mask, int64_t offset) {
-  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kFactor = static_cast<float>(kLog2E);
   switch (mask.type) {
     case MaskType::kBool:
       return ptx::load_global(static_cast<const uint8_t*>(mask.data) + offset) != 0 ? 0.0f
                                                                                     : -std::numeric_limits<float>::infinity();
-    case MaskType::kFloat32: return kLog2E * ptx::load_global(static_cast<const float*>(mask.data) + offset);
-    case MaskType::kBFloat16: return kLog2E * ptx::widen(ptx::load_global(static_cast<const BFloat16*>(mask.data) + offset));
-    case MaskType::kFloat16: return kLog2E * ptx::widen(ptx::load_global(static_cast<const Float16*>(mask.data) + offset));
+    case MaskType::kFloat32: return kFactor * ptx::load_global(static_cast<const float*>(mask.data) + offset);
+    case MaskType::kBFloat16: return kFactor * ptx::widen(ptx::load_global(static_cast<const BFloat16*>(mask.data) + offset));
+    case MaskType::kFloat16: return kFactor * ptx::widen(ptx::load_global(static_cast<const Float16*>(mask.data) + offset));
     case MaskType::kFloat64:
-      return kLog2E * static_cast<float>(ptx::load_global(static_cast<const double*>(mask.data) + offset));
+      return kFactor * static_cast<float>(ptx::load_global(static_cast<const double*>(mask.data) + offset));
     case MaskType::kNone: break;
   }
   return 0.0f;

@@ -163,7 +163,7 @@ def test_a_scale_that_is_not_positive(emulator: ModuleType, scale: float) -> Non
     assert_within_rule(emulator, make_problem(replace(SMALL, seq_q=70, seq_k=70, scale=scale), torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", [0, 70, 290])
 @pytest.mark.parametrize("which", ["key", "prefix_key"])
 def test_one_dominant_score(emulator: ModuleType, which: str, where: int, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "sm80/scores.h"
+#include "sm80/softmax.h"
 
 namespace lak::sm80 {
 
@@ -33,45 +34,10 @@ struct ForwardMemory {
   }
 };
 
-// Online softmax of one tile: scores become probabilities relative to the new maximum, which is kept in units of `c`.
-template <int kM, int kN, int kD>
-__device__ __forceinline__ void softmax_step(float (&c)[kM][kN][4], float (&largest)[kM][2], float (&total)[kM][2],
-                                             float (&output)[kM][kD][4], float scale_log2) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float tile_max = largest[m][half];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) tile_max = fmaxf(tile_max, fmaxf(c[m][n][2 * half], c[m][n][2 * half + 1]));
-      tile_max = row_max(tile_max);
-      // A row that has seen no key yet: any finite shift keeps exp2(-inf) at 0.
-      const float shift = tile_max == -kInfinity ? 0.0f : tile_max * scale_log2;
-      const float rescale = ptx::exp2_fast(largest[m][half] == -kInfinity ? -kInfinity : largest[m][half] * scale_log2 - shift);
-      largest[m][half] = tile_max;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          c[m][n][e] = ptx::exp2_fast(fmaf(c[m][n][e], scale_log2, -shift));
-          sum += c[m][n][e];
-        }
-      }
-      total[m][half] = fmaf(total[m][half], rescale, sum);
-#pragma unroll
-      for (int n = 0; n < kD; ++n) {
-        output[m][n][2 * half] *= rescale;
-        output[m][n][2 * half + 1] *= rescale;
-      }
-    }
-  }
-}
-
-// Scores of 16 prefix slots, scaled; -inf where there is no slot.
+// Scores of 16 prefix slots times `factor`; -inf where there is no slot.
 template <int kM, class T, int R, int C>
 __device__ __forceinline__ void prefix_scores(float (&c)[kM][2][4], SharedTile<T, R, C> query, int row,
-                                              SharedTile<T, kPrefixTile, C> prefix_key, int slots_left, float scale_log2) {
+                                              SharedTile<T, kPrefixTile, C> prefix_key, int slots_left, float factor) {
   set_zero(c);
   multiply_abt(c, query, row, prefix_key, 0);
 #pragma unroll
@@ -80,7 +46,7 @@ __device__ __forceinline__ void prefix_scores(float (&c)[kM][2][4], SharedTile<T
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        c[m][n][e] = 8 * n + lane_id() % 4 * 2 + e % 2 < slots_left ? c[m][n][e] * scale_log2 : -kInfinity;
+        c[m][n][e] = 8 * n + lane_id() % 4 * 2 + e % 2 < slots_left ? c[m][n][e] * factor : -kInfinity;
       }
     }
   }
@@ -150,12 +116,9 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
   const float gate = gate_of(p, s, head);
   if (s.slots > 0) {
     // First the maximum and the sum over all slots, then their weights; up to 16 slots are one tile, already here.
-    float c[kM][2][4], prefix_max[kM][2], prefix_sum[kM][2];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      prefix_max[m][0] = prefix_max[m][1] = -kInfinity;
-      prefix_sum[m][0] = prefix_sum[m][1] = 0.0f;
-    }
+    const float before = kElementwise ? rule.scale_log2 : 1.0f;  // what the scores are scaled by before the softmax
+    float c[kM][2][4], weight[kM][2];
+    RunningSoftmax softmax[kM];
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
       if (slot > 0 || !Memory::kPrefixApart) {
         __syncthreads();
@@ -164,29 +127,15 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
         ptx::wait_async_copies<0>();
         __syncthreads();
       }
-      prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, rule.scale_log2);
+      prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, before);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float new_max = prefix_max[m][half];
-#pragma unroll
-          for (int n = 0; n < 2; ++n) new_max = fmaxf(new_max, fmaxf(c[m][n][2 * half], c[m][n][2 * half + 1]));
-          new_max = row_max(new_max);
-          float sum = prefix_sum[m][half] * ptx::exp2_fast(prefix_max[m][half] - new_max);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            sum += ptx::exp2_fast(c[m][n][2 * half] - new_max) + ptx::exp2_fast(c[m][n][2 * half + 1] - new_max);
-          }
-          prefix_max[m][half] = new_max;
-          prefix_sum[m][half] = sum;
-        }
-      }
+      for (int m = 0; m < kM; ++m) softmax[m].add(c[m], c[m], scale);
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
+      softmax[m].finish();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) prefix_sum[m][half] = gate / row_sum(prefix_sum[m][half]);
+      for (int half = 0; half < 2; ++half) weight[m][half] = gate / softmax[m].total[half];
     }
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
       if (s.slots > kPrefixTile) {
@@ -195,14 +144,16 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
         ptx::commit_async_copies();
         ptx::wait_async_copies<0>();
         __syncthreads();
-        prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, rule.scale_log2);
+        prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, before);
       }
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) c[m][n][e] = ptx::exp2_fast(c[m][n][e] - prefix_max[m][e / 2]) * prefix_sum[m][e / 2];
+          for (int e = 0; e < 4; ++e) {
+            c[m][n][e] = ptx::exp2_fast((c[m][n][e] - softmax[m].largest[e / 2]) * scale) * weight[m][e / 2];
+          }
         }
       }
       multiply_pb(output, c, memory.prefix_value, 0);

@@ -153,6 +153,44 @@ __device__ __forceinline__ void load_b_transposed(FragmentB<T>& b, SharedTile<T,
   }
 }
 
+// Two neighbouring elements of global memory.
+template <class T>
+__device__ __forceinline__ float2 load_pair(const T* address) {
+  if constexpr (kIsHalf<T>) {
+    const uint32_t pair = ptx::load_global(reinterpret_cast<const uint32_t*>(address));
+    return {ptx::widen(T{static_cast<uint16_t>(pair)}), ptx::widen(T{static_cast<uint16_t>(pair >> 16)})};
+  } else {
+    return ptx::load_global(reinterpret_cast<const float2*>(address));
+  }
+}
+
+// load_b without a tile: B[k][n] = rows[(row + n) * stride + column + k] from global memory; rows outside of [low, high) and
+// columns from head_dim on are zero. For the few tiles that are read by a single warp.
+template <class T>
+__device__ __forceinline__ void load_b_rows(FragmentB<T>& b, const T* rows, int64_t stride, int row, int low, int high,
+                                            int column, int head_dim) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int n = 0; n < (kIsHalf<T> ? 2 : 4); ++n) {
+    const int r = row + (kIsHalf<T> ? 8 * n + lane / 4 : n / 2 * 8 + lane % 4 * 2 + n % 2);
+    const T* at = rows + r * stride + column;
+    const bool there = r >= low && r < high;
+    if constexpr (kIsHalf<T>) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool valid = there && column + 8 * half < head_dim;
+        b.r[2 * n + half] = valid ? ptx::load_global(reinterpret_cast<const uint32_t*>(at + 8 * half + lane % 4 * 2)) : 0u;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < 16; k += 4) {
+        const float4 v = there && column + k < head_dim ? ptx::load_global(reinterpret_cast<const float4*>(at + k)) : float4{};
+        b.k[n][k] = v.x, b.k[n][k + 1] = v.y, b.k[n][k + 2] = v.z, b.k[n][k + 3] = v.w;
+      }
+    }
+  }
+}
+
 // c0, c1 += a b: 16 x 16 results
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c0)[4], float (&c1)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
@@ -162,11 +200,15 @@ __device__ __forceinline__ void multiply_add(float (&c0)[4], float (&c1)[4], con
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
+      // The 16 products by themselves: added one by one, small ones would lose their digits in a large c.
+      float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
-        c0[e] = fmaf(a.k[e / 2][k], b.k[e % 2][k], c0[e]);
-        c1[e] = fmaf(a.k[e / 2][k], b.k[2 + e % 2][k], c1[e]);
+        sum0 = fmaf(a.k[e / 2][k], b.k[e % 2][k], sum0);
+        sum1 = fmaf(a.k[e / 2][k], b.k[2 + e % 2][k], sum1);
       }
+      c0[e] += sum0;
+      c1[e] += sum1;
     }
   }
 }
@@ -224,6 +266,21 @@ __device__ __forceinline__ void multiply_abt(float (&c)[kM][kN][4], SharedTile<T
 #pragma unroll
       for (int m = 0; m < kM; ++m) multiply_add(c[m][n], c[m][n + 1], a[m], b);
     }
+  }
+}
+
+// c += X Y^T as multiply_abt in the same order of sums, so that both give the same bits: 16 rows of X from x_row on by 16 rows
+// of Y in global memory, of which those outside of [low, high) are zero.
+template <class T, int R, int C>
+__device__ __forceinline__ void multiply_abt_rows(float (&c)[2][4], SharedTile<T, R, C> x, int x_row, const T* y,
+                                                  int64_t stride, int y_row, int low, int high, int head_dim) {
+#pragma unroll 1
+  for (int k = 0; k < C; k += 16) {
+    FragmentA<T> a;
+    FragmentB<T> b;
+    load_a(a, x, x_row, k);
+    load_b_rows(b, y, stride, y_row, low, high, k, head_dim);
+    multiply_add(c[0], c[1], a, b);
   }
 }
 

@@ -15,8 +15,6 @@ int launch_backward(const ZeroGateParams& params, cudaStream_t stream);
 template <class T, int kHeadDim>
 int launch_decode(const ZeroGateParams& params, cudaStream_t stream);
 
-inline bool needs_elementwise_scores(const ZeroGateParams& p) { return p.mask.type != MaskType::kNone || !(p.scale > 0.0); }
-
 template <auto kKernel, int kSharedBytes = 0, class... Arguments>
 int launch(int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
   static_assert(kSharedBytes <= 99 * 1024, "compute capability 8.6 and 8.9 have 99 KiB of shared memory a block");

@@ -3,10 +3,13 @@
 
 #include "problem.h"
 #include "sm80/fragments.h"
+#include "sm80/softmax.h"
 
 namespace lak::sm80 {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+__host__ __device__ inline bool needs_elementwise_scores(const ZeroGateParams& p) {
+  return p.mask.type != MaskType::kNone || !(p.scale > 0.0);
+}
 
 // kElementwise: a mask, or a scale that is not positive. Then scores leave here scaled (factor 1 is used later); otherwise
 // they stay raw and one multiply-add scales them inside of the exponential.
@@ -17,7 +20,6 @@ struct ScoreRule {
 };
 
 __device__ __forceinline__ ScoreRule score_rule(const ZeroGateParams& p, int64_t b, int64_t h) {
-  constexpr double kLog2E = 1.4426950408889634;
   return {p.mask, b * p.mask.stride_batch + h * p.mask.stride_head, static_cast<float>(p.scale * kLog2E)};
 }
 
@@ -27,11 +29,10 @@ __device__ __forceinline__ float adjusted_score(float raw, const ScoreRule& rule
   if constexpr (!kElementwise) {
     return raw;
   } else {
-    float value = raw * rule.scale_log2;
-    if (rule.mask.type != MaskType::kNone) {
-      value += mask_value(rule.mask, rule.mask_base + query * rule.mask.stride_query + key * rule.mask.stride_key);
-    }
-    return value;
+    const float value = raw * rule.scale_log2;
+    if (rule.mask.type == MaskType::kNone) return value;
+    const float mask = mask_value(rule.mask, rule.mask_base + query * rule.mask.stride_query + key * rule.mask.stride_key);
+    return mask == -kInfinity ? mask : value + mask;  // of a hidden key not even NaN is seen
   }
 }
 
@@ -41,15 +42,14 @@ __device__ __forceinline__ float score(float raw, const ScoreRule& rule, const S
   return adjusted_score<kElementwise>(raw, rule, query, key);
 }
 
-// P of a word from its saved log-sum-exp: 2^(scale raw - log2(e) lse), scale in base 2. In float32 the rounding of the product
-// with log2(e) would show in every probability of a row, so its rest is taken along.
+// What backward knows of a row's softmax over the words: P = 2^((score - shift) factor - rest), D_w. The shift is the
+// log-sum-exp in units of the scores, so that of a large score nothing is rounded before the difference. float32 keeps what
+// the shift loses by its own rounding.
 template <class T>
-__device__ __forceinline__ float word_probability(float raw, float scale, float logsumexp) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  if (raw == -kInfinity) return 0.0f;  // a row that sees no key has lse = -inf
-  const float shift = logsumexp * kLog2E, exponent = fmaf(raw, scale, -shift);
-  if constexpr (sizeof(T) == 4) return ptx::exp2_fast(exponent - fmaf(logsumexp, kLog2E, -shift));
-  return ptx::exp2_fast(exponent);
+__device__ __forceinline__ float word_probability(float score, float factor, float shift, float rest) {
+  const float difference = score - shift;
+  if constexpr (sizeof(T) == 4) return ptx::exp2_fast(fmaf(difference, factor, -rest));
+  return ptx::exp2_fast(difference * factor);
 }
 
 // Queries down, keys across.

@@ -28,6 +28,9 @@ struct dim3 {
 #define blockDim (::emulator::active_block().launch().block)
 #define gridDim (::emulator::active_block().launch().grid)
 
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) float2 {
   float x, y;
 };

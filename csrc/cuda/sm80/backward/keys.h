@@ -4,9 +4,9 @@
 // Scores are computed transposed, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T lie in registers as the A operands of
 // the sums, and only dS for dQ goes through shared memory.
 //
-//   P = exp(S - LSE)   dS = P * (dO V^T - D_w)
+//   P = exp(S - shift)   dS = P * (dO V^T - D_w)
 //
-// Shared memory: K, V [kKeys, D]; per stage Q, dO [kRows, D], LSE, D_w [kRows]; dS^T [kKeys, kRows].
+// Shared memory: K, V [kKeys, D]; per stage Q, dO [kRows, D], shift, D_w [kRows]; dS^T [kKeys, kRows].
 #pragma once
 
 #include "sm80/backward/workspace.h"
@@ -19,7 +19,8 @@ struct KeyGradientMemory {
   using Tiles = KeyGradientTiles<T, kHeadDim>;
   using KeyTile = SharedTile<T, Tiles::kKeys, kHeadDim>;
   using RowTile = SharedTile<T, Tiles::kRows, kHeadDim>;
-  static constexpr int kStage = 2 * RowTile::kBytes + 2 * Tiles::kRows * 4;
+  static constexpr int kStatistics = kIsHalf<T> ? 2 : 3;  // shift, D_w, rest
+  static constexpr int kStage = 2 * RowTile::kBytes + kStatistics * Tiles::kRows * 4;
   static constexpr int kScoreBytes = kAddQueryGradient ? Tiles::kKeys * Tiles::kRows * 2 : 0;
   static constexpr int kBytes = 2 * KeyTile::kBytes + kScoreBytes + Tiles::kStages * kStage;
 };
@@ -71,8 +72,9 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     if (thread < kRows) {
       const bool valid = row + thread < s.queries;
       const int64_t at = statistic_row(p, s, b, head) + (valid ? row + thread : 0);
-      ptx::copy_async_4(statistics_at(stage) + thread * 4, static_cast<const float*>(p.logsumexp.data) + at, valid);
+      ptx::copy_async_4(statistics_at(stage) + thread * 4, workspace.shift + at, valid);
       ptx::copy_async_4(statistics_at(stage) + (kRows + thread) * 4, workspace.delta + at, valid);
+      if (!kIsHalf<T>) ptx::copy_async_4(statistics_at(stage) + (2 * kRows + thread) * 4, workspace.rest + at, valid);
     }
     ptx::commit_async_copies();
   };
@@ -105,10 +107,12 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     }
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const float2 lse = ptx::load_shared<float2>(statistics_at(stage) + (8 * n + lane % 4 * 2) * 4);
+      const uint32_t at = statistics_at(stage) + (8 * n + lane % 4 * 2) * 4;
+      const float2 shift = ptx::load_shared<float2>(at);
+      const float2 rest = kIsHalf<T> ? float2{} : ptx::load_shared<float2>(at + 2 * kRows * 4);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        c[0][n][e] = word_probability<T>(c[0][n][e], scale, e % 2 == 0 ? lse.x : lse.y);
+        c[0][n][e] = word_probability<T>(c[0][n][e], scale, e % 2 == 0 ? shift.x : shift.y, e % 2 == 0 ? rest.x : rest.y);
       }
     }
     multiply_pb(dvalue, c, doutput_tile(stage), 0);

@@ -5,7 +5,8 @@
 // Shared memory: prefix K, V [16, D]; per warp Q, dO [16, D].
 #pragma once
 
-#include "sm80/backward/rows.h"
+#include "sm80/backward/workspace.h"
+#include "sm80/scores.h"
 
 namespace lak::sm80 {
 
@@ -41,6 +42,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   const T* doutput_rows = head_pointer<const T>(p.doutput, b, head, s.first_query);
   const int64_t statistics = statistic_row(p, s, b, head);
   const float scale_log2 = score_rule(p, b, head).scale_log2;
+  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
+  const float before = elementwise ? scale_log2 : 1.0f, factor = elementwise ? 1.0f : scale_log2;
   float dkey[1][kD][4], dvalue[1][kD][4];
   set_zero(dkey);
   set_zero(dvalue);
@@ -68,9 +71,9 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
       for (int e = 0; e < 4; ++e) {
         const int at = row + 8 * n + lane % 4 * 2 + e % 2;
         const bool valid = at < s.queries && slot + lane / 4 + e / 2 * 8 < s.slots;
-        const float shift = valid ? ptx::load_global(workspace.prefix_logsumexp + statistics + at) : 0.0f;
+        const float shift = valid ? ptx::load_global(workspace.prefix_shift + statistics + at) : 0.0f;
         const float delta = valid ? ptx::load_global(workspace.prefix_delta + statistics + at) : 0.0f;
-        c[0][n][e] = valid ? ptx::exp2_fast(c[0][n][e] * scale_log2 - shift) : 0.0f;
+        c[0][n][e] = valid ? ptx::exp2_fast((c[0][n][e] * before - shift) * factor) : 0.0f;
         d[0][n][e] = c[0][n][e] * (d[0][n][e] - delta);
       }
     }

@@ -4,7 +4,7 @@
 // Shared memory: Q, dO [kRows, D]; per stage K, V [kKeys, D].
 #pragma once
 
-#include "sm80/backward/rows.h"
+#include "sm80/backward/workspace.h"
 #include "sm80/scores.h"
 
 namespace lak::sm80 {
@@ -57,12 +57,13 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
 
   const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
   const int64_t statistics = statistic_row(p, s, b, head);
-  float dquery[1][kD][4], logsumexp[2], delta[2];
+  float dquery[1][kD][4], shift[2], rest[2], delta[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + warp_row + lane / 4 + 8 * half;
     const bool valid = row < s.queries;
-    logsumexp[half] = valid ? ptx::load_global(static_cast<const float*>(p.logsumexp.data) + statistics + row) : 0.0f;
+    shift[half] = valid ? ptx::load_global(workspace.shift + statistics + row) : 0.0f;
+    rest[half] = valid && !kIsHalf<T> ? ptx::load_global(workspace.rest + statistics + row) : 0.0f;
     delta[half] = valid ? ptx::load_global(workspace.delta + statistics + row) : 0.0f;
 #pragma unroll
     for (int n = 0; n < kD; ++n) {
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>, (kIsTuned<T,
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float weight = word_probability<T>(c[0][n][e], scale, logsumexp[e / 2]);
+        const float weight = word_probability<T>(c[0][n][e], scale, shift[e / 2], rest[e / 2]);
         c[0][n][e] = weight * (d[0][n][e] - delta[e / 2]);
       }
     }

@@ -6,6 +6,7 @@
 // A warp owns 16 rows. Shared memory: Q, dO [16 x warps, D], prefix K, V [16, D], one float a warp.
 #pragma once
 
+#include "sm80/backward/exact.h"
 #include "sm80/backward/workspace.h"
 #include "sm80/scores.h"
 
@@ -14,16 +15,6 @@ namespace lak::sm80 {
 template <class T, int kHeadDim>
 constexpr int kRowsKernelBytes =
     (2 * 16 * kBackwardWarps<T, kHeadDim> + 2 * kPrefixTile) * kHeadDim * static_cast<int>(sizeof(T)) + 16;
-
-template <class T>
-__device__ __forceinline__ float2 load_pair(const T* address) {
-  if constexpr (kIsHalf<T>) {
-    const uint32_t pair = ptx::load_global(reinterpret_cast<const uint32_t*>(address));
-    return {ptx::widen(T{static_cast<uint16_t>(pair)}), ptx::widen(T{static_cast<uint16_t>(pair >> 16)})};
-  } else {
-    return ptx::load_global(reinterpret_cast<const float2*>(address));
-  }
-}
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
@@ -64,9 +55,11 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   copy_rows<kThreadsHere>(doutput, doutput_rows, p.doutput.stride_row, first_row, 0, s.queries, head_dim, thread);
   copy_prefix(0);
 
-  const float scale_log2 = score_rule(p, b, head).scale_log2, gate = gate_of(p, s, head);
+  const ScoreRule rule = score_rule(p, b, head);
+  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
+  const float before = elementwise ? rule.scale_log2 : 1.0f, factor = elementwise ? 1.0f : rule.scale_log2;
+  const float gate = gate_of(p, s, head);
   float c[1][2][4], d[1][2][4];  // prefix scores, dO Vp^T
-  float largest[2] = {-kInfinity, -kInfinity}, total[2] = {}, weighted[2] = {};
   const auto scores = [&](int slot) {
     set_zero(c);
     set_zero(d);
@@ -76,67 +69,75 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        c[0][n][e] = slot + 8 * n + lane % 4 * 2 + e % 2 < s.slots ? c[0][n][e] * scale_log2 : -kInfinity;
+        c[0][n][e] = slot + 8 * n + lane % 4 * 2 + e % 2 < s.slots ? c[0][n][e] * before : -kInfinity;
       }
     }
   };
+  RunningSoftmax prefix;
   for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
     if (slot > 0) {
       __syncthreads();
       copy_prefix(slot);
     }
     scores(slot);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float new_max = largest[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) new_max = fmaxf(new_max, fmaxf(c[0][n][2 * half], c[0][n][2 * half + 1]));
-      new_max = row_max(new_max);
-      const float rescale = ptx::exp2_fast(largest[half] - new_max);
-      total[half] *= rescale;
-      weighted[half] *= rescale;
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float weight = ptx::exp2_fast(c[0][n][e] - new_max);
-          total[half] += weight;
-          weighted[half] = fmaf(weight, d[0][n][e], weighted[half]);
-        }
-      }
-      largest[half] = new_max;
-    }
+    prefix.add(c[0], d[0], factor);
   }
+  prefix.finish();
 
+  // D_w from the saved output where that is exact enough, else from the keys.
   const int64_t statistics = statistic_row(p, s, b, head);
-  float prefix_logsumexp[2], prefix_delta[2], in_warp = 0.0f;
+  const RowsOfWarp rows{p, s, rule, b, head_kv, first_row + warp_row + lane / 4, elementwise};
+  float prefix_delta[2], delta[2] = {0.0f, 0.0f}, logsumexp[2] = {-kInfinity, -kInfinity};
+  bool there[2], few[2], from_keys[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + warp_row + lane / 4 + 8 * half;
-    const float sum = row_sum(total[half]), products = row_sum(weighted[half]);
-    prefix_logsumexp[half] = s.slots > 0 ? largest[half] + ptx::log2_fast(sum) : 0.0f;
-    prefix_delta[half] = s.slots > 0 ? products / sum : 0.0f;
-    // A row that sees one key: O's words are V of that key, and dP - D_w is zero. From the rounded O only a rounding error
-    // would be left. float32 sums in the order of dP = dO V^T, every lane its whole row, so that the zero is exact.
-    constexpr int kLanesOfRow = kIsHalf<T> ? 4 : 1;
-    const bool sees_one = row < s.queries && visible_end(s, row) - s.key_begin == 1;
-    float delta = 0.0f;
-    if (row < s.queries) {
-      const T* words = sees_one ? head_pointer<const T>(p.value, b, head_kv, s.first_key + s.key_begin)
-                                : output_rows + row * p.output.stride_row;
-      for (int column = lane % kLanesOfRow * 2; column < head_dim; column += 2 * kLanesOfRow) {
-        const float2 x = load_pair(doutput_rows + row * p.doutput.stride_row + column), y = load_pair(words + column);
-        delta = fmaf(x.y, y.y, fmaf(x.x, y.x, delta));
+    const int row = rows.row + 8 * half;
+    there[half] = row < s.queries;
+    prefix_delta[half] = s.slots > 0 ? prefix.weighted[half] / prefix.total[half] : 0.0f;
+    if (there[half]) {
+      logsumexp[half] = ptx::load_global(static_cast<const float*>(p.logsumexp.data) + statistics + row);
+      for (int column = lane % 4 * 2; column < head_dim; column += 8) {
+        const float2 x = load_pair(doutput_rows + row * p.doutput.stride_row + column);
+        const float2 y = load_pair(output_rows + row * p.output.stride_row + column);
+        delta[half] = fmaf(x.y, y.y, fmaf(x.x, y.x, delta[half]));
       }
     }
-    if constexpr (kIsHalf<T>) delta = row_sum(delta);
-    if (!sees_one) delta -= gate * prefix_delta[half];
-    if (row < s.queries && lane % 4 == 0) {
-      ptx::store_global(workspace.delta + statistics + row, delta);
-      ptx::store_global(workspace.prefix_logsumexp + statistics + row, prefix_logsumexp[half]);
-      ptx::store_global(workspace.prefix_delta + statistics + row, prefix_delta[half]);
-      in_warp += prefix_delta[half];
+    delta[half] = row_sum(delta[half]) - gate * prefix_delta[half];
+    few[half] = visible_end(s, row) - s.key_begin <= kFewKeys;
+  }
+  if (p.mask.type != MaskType::kNone) find_few_keys(rows, there, few);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool any_key = logsumexp[half] != -kInfinity, fits = fabsf(delta[half]) < kInfinity;
+    const bool coarse = fabsf(logsumexp[half]) > kCoarseLogsumexp<T>;
+    from_keys[half] = there[half] && any_key && !s.bad_prefix && (few[half] || coarse || !fits);
+  }
+  RunningSoftmax words;
+  if (__any_sync(kAllLanes, from_keys[0] || from_keys[1])) words = softmax_of_words(rows, query, doutput, warp_row, from_keys);
+
+  float in_warp = 0.0f;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = rows.row + 8 * half;
+    if (!there[half] || lane % 4 != 0) continue;
+    float shift = 0.0f, rest = 0.0f;
+    if (from_keys[half]) {
+      delta[half] = words.weighted[half] / words.total[half];
+      shift = words.largest[half];
+      rest = ptx::log2_fast(words.total[half]);
+      if (kIsHalf<T>) shift += rest / factor;
+    } else if (logsumexp[half] != -kInfinity) {
+      const double exact = logsumexp[half] * kLog2E;
+      shift = static_cast<float>(exact / factor);
+      rest = static_cast<float>(exact - static_cast<double>(shift) * factor);
     }
+    ptx::store_global(workspace.shift + statistics + row, shift);
+    if (!kIsHalf<T>) ptx::store_global(workspace.rest + statistics + row, rest);
+    ptx::store_global(workspace.delta + statistics + row, delta[half]);
+    const float prefix_shift = s.slots > 0 ? prefix.largest[half] + ptx::log2_fast(prefix.total[half]) / factor : 0.0f;
+    ptx::store_global(workspace.prefix_shift + statistics + row, prefix_shift);
+    ptx::store_global(workspace.prefix_delta + statistics + row, prefix_delta[half]);
+    in_warp += prefix_delta[half];
   }
   if (dgate != nullptr) {  // in a fixed order: lanes, then warps
 #pragma unroll
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
   }
   if (p.dquery.data == nullptr) return;
 
+  const float part[2] = {gate / prefix.total[0], gate / prefix.total[1]};
   float dquery[1][kD][4];
   set_zero(dquery);
   for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        c[0][n][e] = gate * ptx::exp2_fast(c[0][n][e] - prefix_logsumexp[e / 2]) * (d[0][n][e] - prefix_delta[e / 2]);
+        const float weight = ptx::exp2_fast((c[0][n][e] - prefix.largest[e / 2]) * factor) * part[e / 2];
+        c[0][n][e] = weight * (d[0][n][e] - prefix_delta[e / 2]);
       }
     }
     multiply_pb(dquery, c, prefix_key, 0);

@@ -1,7 +1,8 @@
 // Backward, last kernels: partial sums become gradients, in a fixed order; float32 becomes the element type.
 #pragma once
 
-#include "sm80/backward/rows.h"
+#include "sm80/backward/workspace.h"
+#include "sm80/scores.h"
 
 namespace lak::sm80 {
 

@@ -14,12 +14,14 @@ namespace lak::sm80 {
 constexpr int kPrefixRowsPerBlock = 512;  // queries whose prefix gradients one block sums
 
 struct BackwardWorkspace {
-  float* delta;             // [R] D_w
-  float* prefix_logsumexp;  // [R] base 2
-  float* prefix_delta;      // [R] D_p
-  float* dquery;            // [R, head_dim] sums, before the factor `scale`; begins as the prefix's part
-  float* dgate;             // [batch, heads_q, row_blocks]
-  float* dprefix;           // [batch, heads_q, parts, 2 (K, V), P, head_dim]
+  float* delta;         // [R] D_w
+  float* shift;         // [R] log-sum-exp of the words in units of the scores, see word_probability()
+  float* rest;          // [R] what the shift loses, float32 only
+  float* prefix_shift;  // [R] the same of the prefix
+  float* prefix_delta;  // [R] D_p
+  float* dquery;        // [R, head_dim] sums, before the factor `scale`; begins as the prefix's part
+  float* dgate;         // [batch, heads_q, row_blocks]
+  float* dprefix;       // [batch, heads_q, parts, 2 (K, V), P, head_dim]
   int row_blocks, parts;
   int64_t bytes;
 
@@ -37,7 +39,9 @@ struct BackwardWorkspace {
     row_blocks = static_cast<int>((p.seq_q + rows_per_block - 1) / rows_per_block);
     parts = static_cast<int>((p.seq_q + kPrefixRowsPerBlock - 1) / kPrefixRowsPerBlock) * warps;
     delta = take(rows);
-    prefix_logsumexp = take(rows);
+    shift = take(rows);
+    rest = take(p.dtype == DataType::kFloat32 ? rows : 0);
+    prefix_shift = take(rows);
     prefix_delta = take(rows);
     dquery = take(p.dquery.data != nullptr ? rows * p.head_dim : 0);
     dgate = take(prefix ? p.batch * p.heads_q * row_blocks : 0);
