@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test sanitize bench bench-check lint format wheel clean
+.PHONY: help install demo test sanitize bench bench-check lint format docs wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make lint      ruff, mypy and clang-format; make format applies what ruff and clang-format want"
+	@echo "make docs      the documentation as a web site, in build/site; warnings are errors"
 	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
 
 # torch first: an exact pin, so that nothing later decides which torch comes.
@@ -73,6 +74,15 @@ format: $(VENV)/environment.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+$(VENV)/docs.stamp: $(VENV)/environment.stamp
+	$(PIP) mkdocs-material "mkdocstrings[python]" latex2mathml
+	touch $@
+
+# The API reference is read from the sources, the numbers from benchmarks/results: no library has to be built.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 wheel: $(VENV)/environment.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

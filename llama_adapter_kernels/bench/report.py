@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_adapter_kernels.bench import analysis, tables
 from llama_adapter_kernels.bench.results import Results
 
-_CAPTIONS = {
+CAPTIONS = {
     "speedup": (
         "Speed-up by shape",
         "Times faster than the fastest composition of two SDPA calls and a multiply-add, the best one writes by hand. "
@@ -77,7 +77,7 @@ def page(results: Results, figures: dict[str, str]) -> str:
     return template.render(
         columns=tables.COLUMNS, races=races, ceilings=ceilings, machine=_machine(results), method=results.method,
         recorded=results.recorded, remarks=tables.remarks(results), summary=_summary(results),
-        figures=[(*_CAPTIONS[name], svg) for name, svg in figures.items()],
+        figures=[(*CAPTIONS[name], svg) for name, svg in figures.items()],
     )  # fmt: skip
 
 

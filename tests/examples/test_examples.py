@@ -36,3 +36,8 @@ def test_short_enough_to_be_read(path: Path) -> None:
     assert len(text.splitlines()) < 60
     assert text.startswith('"""')
     assert f"python examples/{path.name}" in text  # how to run it, for those who open the file first
+
+
+def test_the_table_lists_every_example() -> None:
+    text = (EXAMPLES[0].parent / "README.md").read_text()
+    assert [path.name for path in EXAMPLES if f"[{path.name}]({path.name})" not in text] == []
