@@ -138,8 +138,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.mkdir()
     try:
+        probe = aside / "probe"
+        probe.touch()
+        mode = (
+            probe.stat().st_mode & 0o777
+        )  # what the umask allows; some libraries write files that only their owner reads
+        probe.unlink()
         yield aside
         for file in aside.iterdir():
+            file.chmod(mode)
             _flush(file)
         if path.exists():
             path.rmdir()
