@@ -24,7 +24,10 @@ class AdapterLayer(KeepsFloat32):
         self.prefix_length, self.num_heads = config.prefix_length, num_heads
         self.prompt = nn.Parameter(torch.randn(config.prefix_length, hidden_size, device=device, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(gates, device=device, dtype=torch.float32))
-        self.activation = config.gate
+        self.activation, self.rows = config.gate, config.prefix_rows
+        self.prompts_by = "tuned" if config.tuning is None else config.tuning.prompts
+        new_gate = config.tuning is not None and config.tuning.new_gate
+        self.new_gate = nn.Parameter(torch.ones(1, device=device, dtype=torch.float32)) if new_gate else None
 
     def forward(self, conditions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(prompts [N, P, hidden], gate [1, heads]), both float32, the gate as it multiplies.
@@ -36,5 +39,6 @@ class AdapterLayer(KeepsFloat32):
         return prompts, self.effective_gate().expand(1, self.num_heads)
 
     def effective_gate(self) -> Tensor:
-        """What multiplies the prefix branch: tanh(gate) or gate, [heads] or [1], float32."""
-        return torch.tanh(self.gate) if self.activation == "tanh" else self.gate
+        """What multiplies the prefix branch: tanh(gate) or gate, times the new gate, [heads] or [1], float32."""
+        gate = torch.tanh(self.gate) if self.activation == "tanh" else self.gate
+        return gate if self.new_gate is None else gate * self.new_gate

@@ -1,6 +1,7 @@
 """What every adapter state must fulfil before anything is built from it or written: its parts fit each other."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -99,6 +100,30 @@ def _check_tuned(state: AdapterState, tuned: set[str], where: str) -> None:
             )
 
 
+def check_tuned(state: AdapterState, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], where: str) -> None:
+    """The tuned tensors are those of a model.
+
+    Args:
+        shapes: of the model's tuned parameters, by the path of their module and by name.
+
+    Raises:
+        ValueError: they are not; the message gives both sides.
+    """
+    expected = {f"tuning.{path}.{name}": shape for path, found in shapes.items() for name, shape in found.items()}
+    found = {name for name in state.tensors if name.startswith("tuning.")}
+    missing, more = sorted(expected.keys() - found), sorted(found - expected.keys())
+    if missing or more:
+        raise ValueError(
+            f"{where}: does not tune what this model has: missing tensors: {listed(missing) or 'none'}; unknown tensors: "
+            f"{listed(more) or 'none'}"
+        )
+    for name, shape in expected.items():
+        if tuple(state.tensors[name].shape) != shape:
+            raise ValueError(
+                f"{where}: {name}: this model has shape {list(shape)}, got {list(state.tensors[name].shape)}"
+            )
+
+
 def _wanted(tuning: Tuning, kind: str) -> bool:
-    wanted = {"bias": bool(tuning.bias), "scale": tuning.scale != "none", "weight": tuning.norms}
+    wanted = {"bias": bool(tuning.bias) or tuning.norms, "scale": tuning.scale != "none", "weight": tuning.norms}
     return wanted.get(kind, tuning.lora_rank > 0)

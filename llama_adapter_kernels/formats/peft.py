@@ -6,6 +6,8 @@ the path of a base model in it is not followed.
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.state import AdapterState
+from llama_adapter_kernels.adapters.v2 import Tuning
 from llama_adapter_kernels.formats.files import clip, new_folder
 from llama_adapter_kernels.formats.reading import (
     Choices,
@@ -91,6 +94,26 @@ def _compare(source: Source, layers: int, length: int) -> None:
             raise ValueError(
                 f"{source.path}: {name}: {value} in the weights, {clip(repr(told.get(name)))} in {CONFIG_FILE}"
             )
+
+
+def with_output_bias(state: AdapterState, biases: Mapping[int, Tensor | None]) -> AdapterState:
+    """The adapter on a model whose output projections have a bias.
+
+    PEFT sends the prefix branch through the output projection by itself, so in its layers that bias counts twice, whatever
+    the gate is. Here the branches are added first; the second bias becomes a tuned one.
+
+    Args:
+        biases: of the output projection of each layer of the model, [hidden], or None.
+    """
+    if all(bias is None for bias in biases.values()):
+        return state
+    adapted = set(state.config.layer_numbers(len(biases)))
+    only_bias = Tuning(("o_proj",), "none", norms=False, lora_rank=0, new_gate=False, prompts="base")
+    tensors = {
+        f"tuning.layers.{layer}.self_attn.o_proj.bias": bias.detach().float().cpu() * (layer in adapted)
+        for layer, bias in biases.items() if bias is not None
+    }  # fmt: skip
+    return replace(state, config=replace(state.config, tuning=only_bias), tensors=state.tensors | tensors)
 
 
 def write(path: Path, state: AdapterState) -> tuple[str, ...]:

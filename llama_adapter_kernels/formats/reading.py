@@ -60,10 +60,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Reading:
-    """An adapter from a foreign file, and what its reader decided or left out, one sentence each."""
+    """An adapter from a file, what its reader decided or left out (one sentence each), and the file's format."""
 
     state: AdapterState
     notes: tuple[str, ...]
+    format: str = "native"
 
 
 def refuse_gate(choices: Choices, activation: str, format_name: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_adapter_kernels.adapters.state import AdapterState
-from llama_adapter_kernels.formats import accessory, litgpt, native, official, peft
+from llama_adapter_kernels.formats import accessory, litgpt, litgpt_writing, native, official, peft
 from llama_adapter_kernels.formats.files import listed
 from llama_adapter_kernels.formats.meta_names import MetaKeys, sort_keys
 from llama_adapter_kernels.formats.opening import open_source
@@ -71,7 +71,7 @@ FORMATS: Mapping[str, Format] = {
 WRITERS: Mapping[str, Callable[[Path, AdapterState], tuple[str, ...]]] = {
     "official-v1": official.write_v1,
     "peft": peft.write,
-    "litgpt": litgpt.write,
+    "litgpt": litgpt_writing.write,
 }
 
 
@@ -106,7 +106,7 @@ def read_adapter(path: str | os.PathLike[str], format: str = "auto", choices: Ch
             f"{path}: expected keys of {format}, got {', '.join(fitting) or 'none'}: {listed(source.shapes)}"
         )
     reading = FORMATS[format].read(source, choices)
-    return Reading(reading.state, (f"{path}: {FORMATS[format].title}", *reading.notes))
+    return Reading(reading.state, (f"{path}: {FORMATS[format].title}", *reading.notes), format)
 
 
 def tell(reading: Reading) -> None:

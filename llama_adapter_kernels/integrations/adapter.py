@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.state import AdapterState
+from llama_adapter_kernels.adapters.v2 import TunedPart
 from llama_adapter_kernels.formats import native
-from llama_adapter_kernels.formats.checking import check_state
+from llama_adapter_kernels.formats.checking import check_state, check_tuned
 from llama_adapter_kernels.integrations.gathering import gathered, is_writer
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ZeroGateAdapter(nn.Module):
         base: facts of the model that a saved adapter must find again: model_type, hidden_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, head_dim.
         devices: of every layer of the model; an adapted layer's parameters live where the layer does.
+        tuned: what is tuned in the model's modules, by their path.
 
     Attributes:
         name: of the adapter in its model.
@@ -36,7 +38,13 @@ class ZeroGateAdapter(nn.Module):
         companions: functions that write what belongs to the adapter besides (a conditioning) into the same folder.
     """
 
-    def __init__(self, config: AdapterConfig, base: dict[str, Any], devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        config: AdapterConfig,
+        base: dict[str, Any],
+        devices: Sequence[torch.device],
+        tuned: Mapping[str, TunedPart] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.base, self.name = config, base, ""
         self.leftover: dict[str, Tensor] = {}
@@ -45,9 +53,18 @@ class ZeroGateAdapter(nn.Module):
         numbers = config.layer_numbers(base["num_hidden_layers"])
         hidden_size, heads = base["hidden_size"], base["num_attention_heads"]
         self.layers = nn.ModuleDict({str(n): AdapterLayer(config, hidden_size, heads, devices[n]) for n in numbers})
+        self.tuning = nn.Module()
+        for path, part in (tuned or {}).items():
+            _put(self.tuning, path, part)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules with parameters, the same objects as in the model, by their place in the adapter."""
+        parts: dict[str, nn.Module] = {f"layers.{number}": layer for number, layer in self.layers.items()}
+        parts |= {f"tuning.{path}": part for path, part in self.tuning.named_modules() if isinstance(part, TunedPart)}
+        return parts
 
     def num_parameters(self) -> int:
-        """Prompts and gates, counted."""
+        """All parameters of the adapter, counted."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def gates(self) -> dict[int, Tensor]:
@@ -68,10 +85,10 @@ class ZeroGateAdapter(nn.Module):
             ValueError: the parameters are not whole (in FSDP1: save inside `summon_full_params`), or not finite.
         """
         found = dict(tensors or {})
-        for number, layer in self.layers.items():
-            for name, _ in layer.named_parameters():
-                if f"layers.{number}.{name}" not in found:
-                    found[f"layers.{number}.{name}"] = gathered(layer, name)
+        for place, part in self.parts().items():
+            for name, _ in part.named_parameters():
+                if f"{place}.{name}" not in found:
+                    found[f"{place}.{name}"] = gathered(part, name)
         found = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
         state = AdapterState(self.config, self.base, found, self.leftover)
         check_state(state, f"adapter {self.name!r}")
@@ -87,6 +104,9 @@ class ZeroGateAdapter(nn.Module):
             ValueError: names, shapes, dtypes or values are not those of this adapter; the message gives both.
         """
         check_state(replace(state, config=self.config, base=self.base), source)
+        tuned = {path: part for path, part in self.parts().items() if isinstance(part, TunedPart)}
+        shapes = {path: {name: tuple(value.shape) for name, value in p.named_parameters()} for path, p in tuned.items()}
+        check_tuned(state, {path.removeprefix("tuning."): found for path, found in shapes.items()}, source)
         self.load_state_dict(state.tensors)
         self.leftover = state.leftover
         if self.attachment is not None and self.name in self.attachment.frozen_names:
@@ -111,3 +131,13 @@ class ZeroGateAdapter(nn.Module):
         """Takes `freeze_prefix` back; the parameters stay without gradients until `set_adapter`."""
         if self.attachment is not None:
             self.attachment.thaw(self.name)
+
+
+def _put(root: nn.Module, path: str, part: nn.Module) -> None:
+    """Makes `part` a submodule of `root` at a path of several names."""
+    *between, last = path.split(".")
+    for name in between:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, part)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -77,6 +78,17 @@ class Fused:
     def parts(self) -> tuple[str, ...]:
         """The attributes that an attention module must have."""
         return (self.projection,)
+
+
+def legacy_rows(module: Any, prompts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """A Projection: key and value from rows of query, key and value projections stacked, as LitGPT from 0.5.5 takes them.
+
+    There the rows of all queries, keys and values follow each other, but prompts are still read as if the heads of every
+    group were together. Nothing norms these keys.
+    """
+    fused = torch.cat([module.q_proj(prompts), module.k_proj(prompts), module.v_proj(prompts)], -1)
+    groups = fused.unflatten(-1, (heads.key, heads.query // heads.key + 2, heads.head_dim))
+    return groups[..., -2, :].transpose(1, 2), groups[..., -1, :].transpose(1, 2)
 
 
 def _by_head(tensor: Tensor, head_dim: int) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.selection import Selection
 from llama_adapter_kernels.adapters.state import AdapterState
-from llama_adapter_kernels.formats import native
-from llama_adapter_kernels.formats.checking import check_state
-from llama_adapter_kernels.integrations import freezing, hooks
+from llama_adapter_kernels.formats import peft
+from llama_adapter_kernels.formats.checking import check_state, check_tuned
+from llama_adapter_kernels.formats.reading import Choices
+from llama_adapter_kernels.formats.registry import read_adapter, tell
+from llama_adapter_kernels.integrations import freezing, hooks, tuning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
 from llama_adapter_kernels.integrations.attachment import ATTRIBUTE, Attachment
 from llama_adapter_kernels.integrations.slot import SLOT, Slot
@@ -50,58 +52,97 @@ def attach_adapter(
         raise ValueError(f"config: expected an AdapterConfig, got {type(config).__name__}")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(Slot, name):
         raise ValueError(f"name: expected letters, digits, _ and - (and no method of a module), got {name!r:.120}")
-    if config.tuning is not None or config.prefix_rows != "own":
-        raise ValueError("config.tuning, config.prefix_rows: expected none and own, others cannot be attached yet")
     target = find_target(model)
     attachment: Attachment | None = getattr(target.stem, ATTRIBUTE, None)
     if attachment is not None and name in attachment.adapters:
         raise ValueError(
             f"adapter {name!r}: expected a name that is not taken; detach_adapter(model, {name!r}) frees it"
         )
+    _check_rows(target, config)
     devices = [execution_device(module) for module in target.attentions]
-    adapter = ZeroGateAdapter(config, target.facts(), devices)
+    parts = {} if config.tuning is None else tuning.build(target, config.tuning)
+    adapter = ZeroGateAdapter(config, target.facts(), devices, parts)
     if attachment is not None:
         adapter.requires_grad_(False)
         attachment.add(name, adapter)
+        tuning.connect(target, parts, name, attachment)
         return adapter
     attachment = _connect(target, trainable)
     attachment.add(name, adapter)
+    tuning.connect(target, parts, name, attachment)
     attachment.active, attachment.expects_training = name, True
     return adapter
 
 
 def load_adapter(
-    model: nn.Module, path: Any, name: str = "default", *, trainable: Sequence[str] | None = None
+    model: nn.Module,
+    path: Any,
+    name: str = "default",
+    *,
+    format: str = "auto",
+    gate: str | None = None,
+    prefix_length: int | None = None,
+    legacy_rows: bool | None = None,
+    trainable: Sequence[str] | None = None,
 ) -> ZeroGateAdapter:
-    """Attaches the adapter saved in the folder `path`. Everything is read and checked before the model is touched.
+    """Attaches a saved adapter, of this package or of another project. Everything is read and checked first.
+
+    What a foreign file does not say is told by the arguments or decided as docs/formats.md describes, and logged (INFO);
+    parts of it that have no place here are kept, saved again with the adapter, and named in a warning.
 
     Args:
         model, name, trainable: as for `attach_adapter`.
+        path: a folder or file.
+        format: "native", one of docs/formats.md, or "auto": recognised by the names of its tensors.
+        gate: "tanh" or "identity", for official V1 files. None: tanh.
+        prefix_length: P, for files that have only P times the number of layers.
+        legacy_rows: for LitGPT files: written by a release from 0.5.5 on.
 
     Raises:
         ValueError: it belongs to another model (both are named), its files are not those of an adapter, or as for
             `attach_adapter`.
         OSError: there are no such files.
     """
-    own = find_target(model).facts()
-    state = native.read(path)
+    target = find_target(model)
+    own = target.facts()
+    reading = read_adapter(path, format, Choices(gate, prefix_length, legacy_rows, own))
+    state = reading.state
     different = [fact for fact in own if own[fact] != state.base.get(fact, own[fact])]
     if different:
         theirs = ", ".join(f"{fact} {state.base[fact]}" for fact in different)
         ours = ", ".join(f"{fact} {own[fact]}" for fact in different)
         raise ValueError(f"{path}: the adapter was made for a model with {theirs}; this model has {ours}")
-    return attach_state(model, state, name, source=str(path), trainable=trainable)
+    if reading.format == "peft":
+        state = peft.with_output_bias(state, dict(enumerate(map(_output_bias, target.attentions))))
+    adapter = attach_state(model, state, name, source=str(path), trainable=trainable)
+    tell(reading)
+    return adapter
 
 
 def attach_state(
     model: nn.Module, state: AdapterState, name: str = "default", *, source: str, trainable: Sequence[str] | None = None
 ) -> ZeroGateAdapter:
     """Attaches an adapter that a file format has read; `source` names it in messages. Otherwise as `load_adapter`."""
-    own = find_target(model).facts()
-    check_state(replace(state, base=own), source)
+    target = find_target(model)
+    check_state(replace(state, base=target.facts()), source)
+    if state.config.tuning is not None:
+        check_tuned(state, tuning.expected_shapes(target, state.config.tuning), source)
     adapter = attach_adapter(model, state.config, name, trainable=trainable)
     adapter.load_tensors(state, source)
     return adapter
+
+
+def _output_bias(attention: Any) -> Tensor | None:
+    bias: Tensor | None = getattr(getattr(attention, "o_proj", None), "bias", None)
+    return bias
+
+
+def _check_rows(target: Target, config: AdapterConfig) -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+    if config.prefix_rows == "legacy" and not all(hasattr(target.attentions[0], name) for name in names):
+        raise ValueError(
+            f"prefix_rows: legacy needs a model with {', '.join(names)}, got a {target.architecture.model_type}"
+        )
 
 
 def detach_adapter(model: nn.Module, name: str | None = None) -> None:
@@ -203,6 +244,12 @@ def _selection(
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise ValueError(f"names: expected a list with one name or None per sequence, got {type(names).__name__}")
     attachment.check_known(*names)
+    tunes = [name for name in names if name is not None and attachment.adapters[name].config.tuning is not None]
+    if tunes and len(set(names)) > 1:
+        raise ValueError(
+            f"names: adapter {tunes[0]!r} tunes the model itself, so all sequences of a batch use it; got {len(set(names))} "
+            "different ones"
+        )
     if conditions is None:
         return Selection(names)
     if len(conditions) != len(names):

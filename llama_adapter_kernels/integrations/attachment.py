@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.selection import Selection
 from llama_adapter_kernels.adapters.table import FrozenPrefixes, LayerPrefix
+from llama_adapter_kernels.integrations import tuning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
 from llama_adapter_kernels.integrations.slot import Routing, Slot
 
@@ -45,6 +46,7 @@ class Attachment:
         keywords: whether keyword arguments of the forward pass reach the attention modules.
         check: called with the module and the keyword arguments of every forward pass; raises where they cannot be right.
         expects_training: the active adapter's parameters are meant to learn.
+        tuned, layers: modules that adapters tune, and the model's layers as far as they have hooks for that.
         undo: what detaching the last adapter gives back.
     """
 
@@ -54,6 +56,8 @@ class Attachment:
         self.keywords, self.check = keywords, check
         self.frozen = FrozenPrefixes(FROZEN_BYTES)
         self.frozen_names: frozenset[str] = frozenset()
+        self.tuned: list[nn.Module] = []
+        self.layers: list[nn.Module] = []
         self.undo: list[Callable[[], None]] = []
         self.expects_training = False
         self._active = Selection((None,), whole=True)
@@ -67,9 +71,10 @@ class Attachment:
         self.blocks = 0  # of adapters_per_sequence, in all threads
         # What compiled forward passes use: torch.compile reads no context variable, so it is that of all threads.
         self.innermost: Override | None = None
+        self.bypassed = False  # while torch.compile traces: see bypass.Bypass
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("lock", "_in_use", "_detached", "_generations", "blocks", "innermost")
+        passing = ("lock", "_in_use", "_detached", "_generations", "blocks", "innermost", "bypassed")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,6 +118,7 @@ class Attachment:
             self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
             for slot in self.slots.values():
                 slot._modules.pop(name, None)
+            tuning.disconnect(self, name)
             self._detached[name].attachment = None
 
     def check_known(self, *names: str | None) -> None:
@@ -163,6 +169,11 @@ class Attachment:
     def current_override(self) -> Override | None:
         """This thread's."""
         return _overrides.get().get(id(self))
+
+    def selection(self) -> Selection:
+        """What a forward pass that begins now in this thread uses."""
+        override = self.innermost if torch.compiler.is_compiling() else self.current_override()
+        return self._active if override is None else override.selection
 
     def routing(self, module: nn.Module, past: Any = None, tokens: int = 0) -> Routing:
         """For a forward pass that begins now.

@@ -1,7 +1,7 @@
 """The adapters of one attention module: a submodule of it that turns prompts into the prefix of a forward pass."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.selection import Entry, Selection
 from llama_adapter_kernels.adapters.table import LayerPrefix, Prefix, join
-from llama_adapter_kernels.integrations.architectures import Heads, Projection
+from llama_adapter_kernels.integrations.architectures import Heads, Projection, legacy_rows
+from llama_adapter_kernels.integrations.bypass import Bypass
 from llama_adapter_kernels.ops.registration import accumulator_dtype
 
 if TYPE_CHECKING:
@@ -105,14 +106,15 @@ class Slot(nn.Module):
         if frozen is not None:
             return frozen
         prompts, gate = layer()
-        key, value = self.project(module, prompts.to(query.dtype), self.heads)
+        key, value = self._project(module, prompts.to(query.dtype), layer)
         return self._freeze(name, query.dtype, Prefix(key, value, gate.to(accumulator_dtype(query.dtype))))
 
     def _groups(
         self, module: nn.Module, query: Tensor, selection: Selection, entries: Sequence[Entry]
     ) -> list[tuple[list[int], Prefix]]:
         """The prefixes of all entries, those of one length together: their prompts share one projection."""
-        lengths: dict[int, list[tuple[list[int], Tensor, Tensor]]] = {}
+        lengths: dict[tuple[Any, ...], list[tuple[list[int], Tensor, Tensor]]] = {}
+        layers: dict[tuple[Any, ...], AdapterLayer] = {}
         groups: list[tuple[list[int], Prefix]] = []
         names: dict[str, list[int]] = {}
         for number, (name, row) in enumerate(entries):
@@ -123,18 +125,20 @@ class Slot(nn.Module):
             elif (frozen := self._frozen(name, layer, query.dtype)) is not None:
                 groups.append(([number], frozen))
             else:
-                lengths.setdefault(layer.prefix_length, []).append(([number], *layer()))
+                layers[_form(layer)] = layer
+                lengths.setdefault(_form(layer), []).append(([number], *layer()))
         for name, numbers in names.items():
             layer = self.layer(name)
             assert layer is not None
             rows = [row for row in (entries[number][1] for number in numbers) if row is not None]
             condition = selection.condition(name, rows, self.attachment.place(name, self.number))
             prompts, gate = layer(condition)
-            lengths.setdefault(layer.prefix_length, []).append((numbers, prompts, gate.expand(len(numbers), -1)))
-        for parts in lengths.values():
+            layers[_form(layer)] = layer
+            lengths.setdefault(_form(layer), []).append((numbers, prompts, gate.expand(len(numbers), -1)))
+        for form, parts in lengths.items():
             prompts = torch.cat([part[1] for part in parts]) if len(parts) > 1 else parts[0][1]
             gates = torch.cat([part[2] for part in parts]) if len(parts) > 1 else parts[0][2]
-            key, value = self.project(module, prompts.to(query.dtype), self.heads)
+            key, value = self._project(module, prompts.to(query.dtype), layers[form])
             prefix = Prefix(key, value, gates.to(accumulator_dtype(query.dtype)))
             numbers = [number for part in parts for number in part[0]]
             for i, number in enumerate(numbers):
@@ -143,6 +147,14 @@ class Slot(nn.Module):
                     self._freeze(name, query.dtype, Prefix(*(tensor[i : i + 1] for tensor in prefix)))
             groups.append((numbers, prefix))
         return groups
+
+    def _project(self, module: nn.Module, prompts: Tensor, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+        """Key and value of prompts that are used as those of `layer` are."""
+        project = self.project if layer.rows == "own" else legacy_rows
+        if layer.prompts_by == "tuned":
+            return project(module, prompts, self.heads)
+        with Bypass(self.attachment):
+            return project(module, prompts, self.heads)
 
     def _frozen(self, name: str, layer: AdapterLayer, dtype: torch.dtype) -> Prefix | None:
         if name not in self.attachment.frozen_names or (torch.is_grad_enabled() and layer.prompt.requires_grad):
@@ -157,3 +169,8 @@ class Slot(nn.Module):
                 copies = Prefix(*(tensor.detach().clone() for tensor in prefix))
             self.attachment.frozen.keep(name, self.number, dtype, copies)
         return prefix
+
+
+def _form(layer: AdapterLayer) -> tuple[Any, ...]:
+    """Prompts of the same form go through one projection together."""
+    return layer.prefix_length, layer.rows, layer.prompts_by

@@ -7,6 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import llama_adapter_kernels as lak
+from llama_adapter_kernels.formats import litgpt_writing
+from llama_adapter_kernels.formats.reading import Choices
+from llama_adapter_kernels.formats.registry import read_adapter
 from tests.support.eager_llama import EPSILON, FFN, HEADS, HIDDEN, LAYERS, THETA, TOKENS, VOCABULARY, small_llama
 from tests.support.wild_adapters import imported
 
@@ -65,14 +69,42 @@ def save_as_litgpt_does(network: Any, version: str, path: Path) -> None:
     network.double()
 
 
-@pytest.mark.parametrize("groups", [HEADS, 2, 1])
 @torch.no_grad()
-def test_real_litgpt_writes_what_we_read(tmp_path: Path, groups: int) -> None:
-    model = small_llama(groups)
-    network = real(model, "adapter", groups)
-    save_as_litgpt_does(network, "adapter", tmp_path / "lit_model.pth.adapter")
+def same_as(network: Any, model: nn.Module, path: Path, **choices: Any) -> lak.ZeroGateAdapter:
+    """The file's adapter makes the model compute what LitGPT's network does; gone again, the model is the base model."""
     expected, base = network(TOKENS), model(TOKENS).logits
     assert (expected - base).abs().max() > 0.05
-    with imported(model, tmp_path, legacy_rows=True):
-        found = model(TOKENS).logits
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    with imported(model, path, **choices) as adapter:
+        assert (model(TOKENS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(model(TOKENS).logits, base)
+    return adapter
+
+
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize("version", ["adapter", "adapter_v2"])
+def test_real_litgpt_writes_what_we_read(tmp_path: Path, version: str, groups: int) -> None:
+    model = small_llama(groups)
+    network = real(model, version, groups)
+    save_as_litgpt_does(network, version, tmp_path / f"lit_model.pth.{version}")
+    adapter = same_as(network, model, tmp_path, **({"legacy_rows": True} if version == "adapter" else {}))
+    assert adapter.config.prefix_rows == "legacy"
+    assert adapter.config.layer_numbers(LAYERS) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize("version", ["adapter", "adapter_v2"])
+def test_real_litgpt_reads_what_we_write(tmp_path: Path, version: str, groups: int) -> None:
+    model = small_llama(groups)
+    save_as_litgpt_does(real(model, version, groups), version, tmp_path / "theirs")
+    reading = read_adapter(tmp_path / "theirs", choices=Choices(legacy_rows=True))
+    reading.state.base["num_key_value_heads"] = groups
+    notes = litgpt_writing.write(tmp_path / "ours", reading.state)
+    theirs, ours = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    module = pytest.importorskip(f"litgpt.{version}")
+    other = module.GPT(module.Config(**settings(groups))).double().eval()
+    other.load_state_dict({**base_weights(model), **ours})
+    same_as(other, model, tmp_path / "ours", legacy_rows=True)
+    assert "for LitGPT 0.5.5 or later" in notes
+    assert "adapter_prompt_length=5, adapter_start_layer=1 for LitGPT" in notes

@@ -3,26 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.formats.reading import Choices
-from llama_adapter_kernels.formats.registry import read_adapter
 from tests.support.eager_llama import HEADS, HIDDEN, LAYERS
 
 PROMPTS = 5
 
 
 @contextmanager
-def imported(model: nn.Module, path: Path, format: str = "auto", **choices: object) -> Iterator[tuple[str, ...]]:
-    """The adapter of a file on the model; yields its reader's notes."""
-    reading = read_adapter(path, format, Choices(**choices))
-    adapter = lak.attach_adapter(model, reading.state.config)
-    adapter.load_tensors(reading.state, str(path))
+def imported(model: nn.Module, path: Path, **choices: Any) -> Iterator[lak.ZeroGateAdapter]:
+    """The adapter of a file on the model."""
+    adapter = lak.load_adapter(model, path, **choices)
     try:
-        yield reading.notes
+        yield adapter
     finally:
         lak.detach_adapter(model)
 

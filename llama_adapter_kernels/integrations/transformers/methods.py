@@ -54,10 +54,10 @@ def save_adapters(
     for name, adapter in adapters.items():
         folder = os.fspath(save_directory) if len(adapters) == 1 else os.path.join(save_directory, name)
         tensors = {
-            f"layers.{number}.{part}": state_dict[f"{paths[id(layer)]}.{part}"]
-            for number, layer in adapter.layers.items()
-            for part in ("prompt", "gate")
-            if state_dict and f"{paths[id(layer)]}.{part}" in state_dict
+            f"{place}.{parameter}": state_dict[f"{paths[id(part)]}.{parameter}"]
+            for place, part in adapter.parts().items()
+            for parameter, _ in part.named_parameters()
+            if state_dict and f"{paths[id(part)]}.{parameter}" in state_dict
         }
         adapter.save_pretrained(folder, tensors=tensors)
 
