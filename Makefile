@@ -19,21 +19,41 @@ help:
 	@echo "make docs      the documentation as a web site, in build/site; warnings are errors"
 	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
 
-# torch first: an exact pin, so that nothing later decides which torch comes.
-$(VENV)/environment.stamp: constraints.txt
-	@echo "Setting up $(VENV) (torch first, then the rest; some minutes the first time)"
+# What the demo needs. torch first: an exact pin, so that nothing later decides which torch comes; it is the large download,
+# so pip shows how far it is.
+$(VENV)/run.stamp: constraints.txt
+	@echo "Setting up $(VENV): torch, then what runs models (some minutes the first time, downloads included)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel
-	$(PIP) torch numpy
-	$(PIP) cmake ninja pybind11 triton transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2 \
-	    pillow soundfile soxr scikit-learn \
-	    sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	$(filter-out --quiet,$(PIP)) torch numpy
+	$(PIP) cmake ninja transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2
 	touch $@
 
-# PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.
-$(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --no-deps --editable .
+$(VENV)/environment.stamp: $(VENV)/run.stamp
+	@echo "Setting up $(VENV): what tests, benchmarks and linters need"
+	$(PIP) pybind11 triton pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard \
+	    pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
 	touch $@
+
+# Ninja shows its progress, which pip would hide; pip then finds everything compiled.
+# PYTHONWARNINGS: setuptools' advice about editable packages in general, which is no concern of a user.
+define build
+PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DLAK_CUDA=$(1) --log-level=NOTICE \
+    -DLAK_TORCH_INCLUDE=$$($(BIN)/python -c "from torch.utils.cpp_extension import include_paths; print(include_paths()[0])")
+NINJA_STATUS="[%f/%t, %es] " PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake
+LAK_CUDA=$(1) PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --no-deps --editable .
+endef
+
+# The CPU library alone, for the demo.
+$(VENV)/cpu.stamp: $(VENV)/run.stamp pyproject.toml $(SOURCES)
+	@echo "Building the CPU library (a minute or so on two cores)"
+	$(call build,0)
+	touch $@
+
+# All libraries; the CPU library is among them.
+$(VENV)/package.stamp: $(VENV)/environment.stamp pyproject.toml $(SOURCES)
+	$(call build,$(or $(LAK_CUDA),AUTO))
+	touch $(VENV)/cpu.stamp $@
 
 install: $(VENV)/package.stamp
 
@@ -88,8 +108,8 @@ wheel: $(VENV)/environment.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-demo: install
+demo: $(VENV)/cpu.stamp
 	$(BIN)/llama-adapter demo --output demo-output
 
 clean:
-	rm -rf build dist *.egg-info llama_adapter_kernels/*.so $(VENV)/package.stamp
+	rm -rf build dist *.egg-info llama_adapter_kernels/*.so $(VENV)/package.stamp $(VENV)/cpu.stamp
