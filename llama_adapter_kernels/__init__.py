@@ -1,13 +1,9 @@
 """Zero-init attention (LLaMA-Adapter, arXiv 2303.16199) as one fused operation."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llama_adapter_kernels.ops.attention import (
-    zero_gate_attention,
-    zero_gate_attention_varlen,
-    zero_gate_decode,
-)
-from llama_adapter_kernels.ops.backends import available_backends, use_backend
+from llama_adapter_kernels.ops import with_torch
 
 __version__ = "0.1.0"
 
@@ -27,8 +23,14 @@ if TYPE_CHECKING:
     from llama_adapter_kernels.integrations.conditioning import Conditioning, attach_conditioning, load_conditioning
     from llama_adapter_kernels.integrations.registry import known_architectures, register_architecture
     from llama_adapter_kernels.integrations.transformers.trainer import AdapterTrainerMixin
+    from llama_adapter_kernels.ops.attention import (
+        zero_gate_attention,
+        zero_gate_attention_varlen,
+        zero_gate_decode,
+    )
+    from llama_adapter_kernels.ops.backends import available_backends, use_backend
 
-# Loaded when first used: the operation alone needs none of these modules.
+# Each name and the module it comes from, which is loaded when the name is first used: the import costs no time.
 _LAZY = {
     "AdapterConfig": "adapters.config",
     "AdapterTrainerMixin": "integrations.transformers.trainer",
@@ -42,6 +44,7 @@ _LAZY = {
     "attach_adapter": "integrations.attach",
     "attach_conditioning": "integrations.conditioning",
     "attached_adapters": "integrations.attach",
+    "available_backends": "ops.backends",
     "detach_adapter": "integrations.attach",
     "known_architectures": "integrations.registry",
     "limit_frozen_prefixes": "integrations.attach",
@@ -49,16 +52,26 @@ _LAZY = {
     "load_conditioning": "integrations.conditioning",
     "register_architecture": "integrations.registry",
     "set_adapter": "integrations.attach",
+    "use_backend": "ops.backends",
+    "zero_gate_attention": "ops.attention",
+    "zero_gate_attention_varlen": "ops.attention",
+    "zero_gate_decode": "ops.attention",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+with_torch.register()
 
 __all__ = [
     "AdapterConfig",
