@@ -9,8 +9,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llama_adapter_kernels.commands import demo, encode, evaluate, finetune, generate, info
-from llama_adapter_kernels.commands.bench import bench, bench_check, bench_report
+from llama_adapter_kernels.commands import (
+    bench,
+    bench_check,
+    bench_report,
+    demo,
+    encode,
+    evaluate,
+    finetune,
+    generate,
+    info,
+)
 from llama_adapter_kernels.errors import UserError
 
 # Packages that only some commands need -> the extra that brings them.
@@ -87,6 +96,6 @@ app.command()(encode.encode)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(info.info)
-app.command()(bench)
-app.command()(bench_report)
-app.command()(bench_check)
+app.command()(bench.bench)
+app.command()(bench_report.bench_report)
+app.command()(bench_check.bench_check)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from llama_adapter_kernels.bench import cases, machine, measure, regression, results, runner
 from llama_adapter_kernels.cli import app
-from llama_adapter_kernels.commands import bench as cli
+from llama_adapter_kernels.commands import races
 from tests.support.made_up_results import example, measurement
 
 RACES = [("llama-7b", "forward", "float32"), ("llama-1b", "forward", "float32")]
@@ -143,7 +143,7 @@ def test_bench_reports_a_wrong_contestant(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bench_says_what_time_did_not_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up = MadeUp(monkeypatch, llama_7b=[4.0], llama_1b=[5.0])
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: 61.0 * len(made_up.ran)))
+    monkeypatch.setattr(races, "time", SimpleNamespace(monotonic=lambda: 61.0 * len(made_up.ran)))
     run = command("bench", "--minutes", 1, "--output", tmp_path / "a.json")
     assert made_up.ran == ["llama-7b"]
     assert "time was over before 1 races (llama-1b forward float32)" in run.output

@@ -21,14 +21,45 @@ def test_help_names_every_command() -> None:
         assert command in text
 
 
-def test_help_does_not_import_transformers() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from llama_adapter_kernels.cli import app\n"
-        "for command in ('finetune', 'generate', 'demo', 'info'):\n"
-        "    assert CliRunner().invoke(app, [command, '--help']).exit_code == 0\n"
-        "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules"
-    )
+def run_python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Nor for anything else that is heavy: all helps together import none of it."""
+    run_python(
+        "import sys; from typer.testing import CliRunner; from llama_adapter_kernels.cli import app\n"
+        "names = [command.name or command.callback.__name__.replace('_', '-') for command in app.registered_commands]\n"
+        "assert len(names) >= 8\n"
+        "for arguments in ([], *([name] for name in names)):\n"
+        "    assert CliRunner().invoke(app, [*arguments, '--help']).exit_code == 0, arguments\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'matplotlib', 'huggingface_hub'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+
+
+@pytest.mark.parametrize("order", ["llama_adapter_kernels, torch", "torch, llama_adapter_kernels"])
+def test_the_import_is_light_and_registers_the_ops(order: str) -> None:
+    """A program saved by torch.export finds its ops, whichever of the two was imported first."""
+    run_python(
+        "import importlib.util, sys, llama_adapter_kernels\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert importlib.util.find_spec('torch') is not None  # looking for torch is not importing it\n"
+        if order.startswith("llama")
+        else ""
+    )
+    run_python(
+        f"import {order}; torch.ops.llama_adapter_kernels.forward.default\n"
+        "assert not [finder for finder in __import__('sys').meta_path if 'llama' in type(finder).__module__]"
+    )
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(lak.__all__) <= set(dir(lak))
+    assert all(getattr(lak, name) is not None for name in lak.__all__)
+    assert lak.zero_gate_attention is lak.zero_gate_attention
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        lak.nonsense  # noqa: B018
 
 
 def test_info() -> None:
