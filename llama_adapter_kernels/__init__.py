@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llama_adapter_kernels.adapters.config import AdapterConfig
+    from llama_adapter_kernels.adapters.v2 import Tuning
     from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
     from llama_adapter_kernels.integrations.architectures import Architecture, Fused, Heads, Separate
     from llama_adapter_kernels.integrations.attach import (
@@ -39,6 +40,7 @@ _LAZY = {
     "Fused": "integrations.architectures",
     "Heads": "integrations.architectures",
     "Separate": "integrations.architectures",
+    "Tuning": "adapters.v2",
     "ZeroGateAdapter": "integrations.adapter",
     "adapters_per_sequence": "integrations.attach",
     "attach_adapter": "integrations.attach",
@@ -81,6 +83,7 @@ __all__ = [
     "Fused",
     "Heads",
     "Separate",
+    "Tuning",
     "ZeroGateAdapter",
     "adapters_per_sequence",
     "attach_adapter",

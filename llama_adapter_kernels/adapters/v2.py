@@ -133,15 +133,14 @@ class TunedNorm(TunedPart):
 
     def __init__(self, norm: nn.Module, values: dict[str, Tensor], device: torch.device) -> None:
         super().__init__()
-        self.dtypes = {name: value.dtype for name, value in values.items()}
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value.detach().to(device, torch.float32, copy=True)))
         self.__dict__["norm"] = _without_parameters(norm)  # not a submodule: nothing in it is trained or moved
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm of x with these weights, in the dtype that the norm itself gives."""
+    def forward(self, x: Tensor, tuned: Any) -> Tensor:
+        """The norm of x with these weights, in the dtypes of the norm's own, which is `tuned`."""
         norm: Any = self.__dict__["norm"]
-        values = {name: getattr(self, name).to(dtype) for name, dtype in self.dtypes.items()}
+        values = {name: value.to(getattr(tuned, name).dtype) for name, value in self._parameters.items()}
         if not torch.compiler.is_compiling():  # an object of this call's own: other threads have other weights
             norm, shared = object.__new__(type(norm)), norm
             norm.__dict__.update(shared.__dict__)

@@ -4,7 +4,7 @@ A tuned module keeps its class and its names. It gets a submodule that holds the
 and hooks that ask which adapter runs. Prompts of an adapter may bypass all of that (Tuning.prompts).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,9 @@ def disconnect(attachment: "Attachment", name: str) -> None:
     if not attachment.tuned:
         for layer in attachment.layers:
             _remove(layer, before_layer, after_layer)
+            checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+            if isinstance(checkpoint, Carrying):
+                layer._gradient_checkpointing_func = checkpoint.checkpoint
         attachment.layers = []
 
 
@@ -131,21 +134,48 @@ def tune_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Ten
     part = module._modules[TUNING].current()
     if part is None:
         return None
-    tuned: Tensor = part(args[0], output) if isinstance(part, TunedLinear) else part(args[0])
+    tuned: Tensor = part(args[0], output if isinstance(part, TunedLinear) else module)
     return tuned
 
 
-def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a layer with tuned modules: says which adapter runs, also when it runs again for its gradients."""
+def before_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a layer with tuned modules: says which adapter runs there."""
     routing = kwargs.get(ROUTING)
-    if routing is not None and not torch.compiler.is_compiling():
-        _in_layer.set((id(_attachment_of(module)), routing))
+    if routing is None or torch.compiler.is_compiling():
+        return
+    _in_layer.set((id(_attachment_of(module)), routing))
+    if getattr(module, "gradient_checkpointing", False) and not isinstance(
+        module._gradient_checkpointing_func, Carrying
+    ):
+        module._gradient_checkpointing_func = Carrying(module._gradient_checkpointing_func)
 
 
 def after_layer(module: nn.Module, args: Any, output: Any) -> None:
     """After it."""
     if not torch.compiler.is_compiling():
         _in_layer.set(None)
+
+
+class Carrying:
+    """A checkpointing function of transformers' layers: what runs again for gradients knows which adapter ran before.
+
+    transformers checkpoints within a layer's hooks, which do not run again.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        running = _in_layer.get()
+
+        def run(*arguments: Any) -> Any:
+            token = _in_layer.set(running)
+            try:
+                return function(*arguments)
+            finally:
+                _in_layer.reset(token)
+
+        return self.checkpoint(run, *args)
 
 
 def _attachment_of(layer: nn.Module) -> "Attachment":
