@@ -307,8 +307,9 @@ def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
     if not 1 <= layers <= available:
         raise UserError(f"--layers: the model has {available} layers, got {layers}")
     return lak.AdapterConfig(
-        prefix_length=settings.prefix_length, num_layers=layers, gate=settings.gate, gate_shape=settings.gate_shape
-    )
+        prefix_length=settings.prefix_length, num_layers=layers, gate=settings.gate, gate_shape=settings.gate_shape,
+        tuning=lak.Tuning(lora_rank=settings.lora_rank) if settings.v2 else None,
+    )  # fmt: skip
 
 
 def warmup_steps(settings: Settings, steps_per_epoch: int, total_steps: int) -> int:

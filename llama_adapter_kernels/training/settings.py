@@ -18,6 +18,8 @@ class Settings:
     layers: int | None = None  # topmost layers that get a prompt; None: all but the lowest two (LLaMA-7B: 30 of 32)
     gate: str = "tanh"
     gate_shape: str = "head"
+    v2: bool = False  # LLaMA-Adapter V2: bias, scale, norms and a LoRA are tuned besides, see lak.Tuning
+    lora_rank: int = 16  # of V2's LoRA; 0: none
     epochs: int = 5
     warmup_epochs: float = 2.0
     max_steps: int | None = None
@@ -58,7 +60,8 @@ class Execution:
 
 # Ranges by name, ends included. The upper ends are far beyond any use; they keep a slip of the finger from an overflow.
 _RANGES: dict[str, tuple[float, float]] = {
-    "prefix_length": (1, 65_536), "layers": (1, 65_536), "epochs": (1, 1_000_000), "warmup_epochs": (0, 1_000_000),
+    "prefix_length": (1, 65_536), "layers": (1, 65_536), "lora_rank": (0, 65_536),
+    "epochs": (1, 1_000_000), "warmup_epochs": (0, 1_000_000),
     "max_steps": (1, 10**12), "batch_size": (1, 10**9), "base_learning_rate": (0, 1e6), "weight_decay": (0, 1e6),
     "max_gradient_norm": (0, 1e12), "max_length": (8, 10**9), "seed": (0, 2**32 - 1), "micro_batch_size": (1, 10**9),
     "save_steps": (1, 10**12), "conditioning_rate": (0, 1e6), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),

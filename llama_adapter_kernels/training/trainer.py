@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -120,18 +120,13 @@ class AdapterTrainer(Trainer):
         return 0  # Trainer's estimate takes every parameter for trained
 
     def create_optimizer(self, *arguments: Any, **more: Any) -> Any:
-        """The conditioning, where there is one, learns at a rate of its own."""
+        """The conditioning, where there is one, learns at a rate of its own; what starts as 1 does not decay towards 0."""
         optimizer = super().create_optimizer(*arguments, **more)
+        ones = [p for name, p in self.adapter.named_parameters() if name.endswith((".scale", ".new_gate"))]
+        _regroup(optimizer, ones, lambda group: {"weight_decay": 0.0})
         conditioning = getattr(unwrap_model(self.model), CONDITIONING, None)
-        if conditioning is None or self.conditioning_rate == 1.0:
-            return optimizer
-        own = {id(parameter) for parameter in conditioning.parameters()}
-        for group in list(optimizer.param_groups):
-            mine = [parameter for parameter in group["params"] if id(parameter) in own]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            if mine:
-                options = {name: value for name, value in group.items() if name != "params"}
-                optimizer.add_param_group({**options, "params": mine, "lr": group["lr"] * self.conditioning_rate})
+        if conditioning is not None and self.conditioning_rate != 1.0:
+            _regroup(optimizer, conditioning.parameters(), lambda group: {"lr": group["lr"] * self.conditioning_rate})
         return optimizer
 
     # ---- saving ----
@@ -229,3 +224,16 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().partition("\n")[0]
+
+
+def _regroup(
+    optimizer: Any, chosen: Iterable[nn.Parameter], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Gives some parameters groups of their own, with other options than those of the group that they are in."""
+    own = {id(parameter) for parameter in chosen}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in own]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            options = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group({**options, **change(group), "params": mine})
