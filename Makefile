@@ -29,10 +29,14 @@ $(VENV)/run.stamp: constraints.txt
 	$(PIP) cmake ninja transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2
 	touch $@
 
+# timm gets a folder of its own, which its tests put on their path: it imports torchvision, whose releases for this torch need
+# CUDA. The Python part of an older release works without, but other libraries must not find it.
 $(VENV)/environment.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV): what tests, benchmarks and linters need"
 	$(PIP) pybind11 triton pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard \
 	    pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	$(PIP) --no-deps --target $(VENV)/timm --upgrade timm torchvision requests urllib3 charset-normalizer || \
+	    echo "timm could not be installed; the tests of its models will say so"
 	touch $@
 
 # Ninja shows its progress, which pip would hide; pip then finds everything compiled.

@@ -112,13 +112,13 @@ class Architecture:
 
     Args:
         model_type: as the model's configuration says; the class name for models without one.
-        attention: path from the base model (the model without its head) to its attention modules, `*` for the layer
-            number: "layers.*.self_attn".
+        attention: path from the stem to the attention modules, `*` for the layer number: "layers.*.self_attn".
         project: from prompts to prefix key and value, through the module's own projections: Separate, Fused, or any
             function of (attention module, prompts [N, P, hidden], Heads) that returns two tensors [N, Hkv, P, D]. The
             position embedding is left out.
         causal: whether a token sees only those before it.
-        stem: path from the base model to the module whose forward pass the adapters take part in; "": the base model.
+        stem: path from the base model (the model without its head) to the module whose forward pass the adapters take part
+            in; "": the base model.
         heads: from the configuration to Heads.
         refuse: from the configuration to the reason why this model cannot be right, or None.
         compute: for attention modules that do not call transformers' attention interface: a subclass of theirs which

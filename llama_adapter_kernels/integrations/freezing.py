@@ -57,8 +57,9 @@ def heads(model: Any) -> set[int]:
     """The parameters (by id) on top of the base model, without those that predict tokens: usually fresh ones."""
     base = getattr(model, "base_model", model)
     if base is model:
-        classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # timm
-        return {id(parameter) for parameter in classifier.parameters()} if isinstance(classifier, nn.Module) else set()
+        found = model.get_classifier() if hasattr(model, "get_classifier") else ()  # timm: one or, distilled, two
+        classifiers = found if isinstance(found, tuple) else (found,)
+        return {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
     inside = {id(parameter) for parameter in base.parameters()}
     words = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for child in model.children():

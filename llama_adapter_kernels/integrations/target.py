@@ -142,7 +142,12 @@ def _check(model: Any, attentions: tuple[Any, ...], architecture: Architecture, 
     if not attentions:
         raise ValueError(f"model: expected at least one attention module at {architecture.attention}, got none")
     project = architecture.project
+    theirs = architecture.compute().__mro__[:2] if architecture.compute is not None else None
     for number, module in enumerate(attentions):
+        if theirs is not None and type(module) not in theirs:
+            raise ValueError(
+                f"model: expected layer {number}'s attention to be {theirs[1].__name__}, got {type(module).__name__}"
+            )
         if isinstance(project, Separate | Fused):
             for name in project.parts():
                 if not hasattr(module, name):

@@ -120,5 +120,5 @@ ROWS: tuple[Architecture, ...] = (
     Architecture(
         "clip_text_model", "encoder.layers.*.self_attn", Separate(), causal=True, kind="encoder", example="CLIP's text tower"
     ),
-    _encoder("whisper", "Whisper's encoder", "encoder.layers.*.self_attn", stem="encoder"),
+    _encoder("whisper", "Whisper's encoder", "layers.*.self_attn", stem="encoder"),
 )  # fmt: skip

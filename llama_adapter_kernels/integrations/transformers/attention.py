@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama_adapter_kernels.adapters.table import LayerPrefix
 from llama_adapter_kernels.integrations.slot import ROUTING, SLOT, Slot
+from llama_adapter_kernels.integrations.transformers.dropout import words_with_dropout
 from llama_adapter_kernels.integrations.transformers.masks import CompactMask, Packed, Window
 from llama_adapter_kernels.ops import backends
 from llama_adapter_kernels.ops.attention import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
@@ -42,17 +43,15 @@ def attention(
     Raises:
         ValueError: the model asks for something that is not supported.
     """
-    if dropout:
-        raise ValueError(
-            f"attention dropout: expected 0 with a zero-gate adapter, got {dropout}; load the model with "
-            "attention_dropout=0 (attention_probs_dropout_prob=0 for BERT and its like, attn_pdrop=0 for GPT-2)"
-        )
     for name in kwargs:
         if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: not supported with a zero-gate adapter ({_REFUSED[name]})")
     slot: Slot | None = module._modules.get(SLOT)
-    if kwargs.get("cu_seq_lens_q") is not None or isinstance(attention_mask, Packed):
+    packed = kwargs.get("cu_seq_lens_q") is not None or isinstance(attention_mask, Packed)
+    if packed and not dropout:
         return _packed(module, slot, query, key, value, attention_mask, scaling, kwargs), None
+    if packed:
+        raise ValueError(f"attention dropout: expected 0 for packed sequences, got {dropout}")
     prefix = None if slot is None else slot.prefix(module, query, kwargs.get(ROUTING), query.shape[0])
     start = end = mask = None
     if attention_mask is None:
@@ -61,19 +60,21 @@ def attention(
         start, end, causal = attention_mask.start, attention_mask.end, attention_mask.causal
     else:
         mask, causal = attention_mask, False
-    if query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, prefix):
+    tables: tuple[LayerPrefix, ...] = () if prefix is None else prefix.others
+    if dropout:
+        output = words_with_dropout(query, key, value, attention_mask, dropout, scaling, causal)
+        tables = tables if prefix is None else (prefix, *tables)
+    elif query.shape[2] == 1 and mask is None and not _needs_gradient(query, key, value, prefix):
         output = _decode(query, key, value, prefix, start, end, scaling)
     else:
         output = zero_gate_attention(
             query, key, value, *_operands(prefix), is_causal=causal, scale=scaling, attn_mask=mask, key_start=start,
             key_end=end, prefix_index=None if prefix is None else prefix.prefix_index,
         )  # fmt: skip
-    if prefix is not None and prefix.others:
-        nothing_k, nothing_v = key[:, :, :0], value[:, :, :0]
-        for other in prefix.others:
-            output = output + zero_gate_attention(
-                query, nothing_k, nothing_v, *_operands(other), scale=scaling, prefix_index=other.prefix_index
-            )
+    for table in tables:  # with no words the operation gives the prefix branch alone
+        output = output + zero_gate_attention(
+            query, key[:, :, :0], value[:, :, :0], *_operands(table), scale=scaling, prefix_index=table.prefix_index
+        )
     return output.transpose(1, 2), None
 
 
@@ -153,10 +154,10 @@ def _packed(
         cu_seqlens_k=offsets_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, is_causal=causal, scale=scaling,
         prefix_index=None if prefix is None else prefix.prefix_index,
     )  # fmt: skip
-    for other in prefix.others if prefix is not None else ():
+    for table in () if prefix is None else prefix.others:
         output = output + zero_gate_attention_varlen(
-            query.flatten(0, 1), key.flatten(0, 1)[:0], value.flatten(0, 1)[:0], *_operands(other),
+            query.flatten(0, 1), key.flatten(0, 1)[:0], value.flatten(0, 1)[:0], *_operands(table),
             cu_seqlens_q=offsets_q, cu_seqlens_k=torch.zeros_like(offsets_q), max_seqlen_q=longest_q, max_seqlen_k=0,
-            scale=scaling, prefix_index=other.prefix_index,
+            scale=scaling, prefix_index=table.prefix_index,
         )  # fmt: skip
     return output.view(query.shape)

@@ -26,7 +26,9 @@ from transformers.utils.import_utils import is_tracing
 
 
 class CompactMask(BlockMask):
-    """Only the type is FlexAttention's; nothing of it is used."""
+    """Only the type is FlexAttention's; nothing of it is used. It looks 4-dimensional to code that asks."""
+
+    ndim = 4
 
     def contiguous(self) -> "CompactMask":
         """transformers asks for it before it hands a mask on."""
