@@ -212,7 +212,7 @@ def test_wrong_files_and_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "zero_gate_adapter.json").write_text("{}")
     with pytest.raises(ValueError, match="expected the configuration of an adapter"):
         lak.load_adapter(build(), tmp_path)
-    with pytest.raises(OSError, match=r"zero_gate_adapter\.json"):
+    with pytest.raises(OSError, match="nowhere: no such file"):
         lak.load_adapter(build(), tmp_path / "nowhere")
 
 
@@ -225,10 +225,6 @@ def test_what_is_not_supported_says_so() -> None:
     for wrong in ({"prefix_length": 0}, {"gate": "relu"}, {"gate_shape": "token"}, {"num_layers": 1, "layers": (0,)}):
         with pytest.raises(ValueError, match="expected"):
             lak.AdapterConfig(**wrong)
-    dropped = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.1)).train()
-    lak.attach_adapter(dropped, lak.AdapterConfig())
-    with pytest.raises(ValueError, match="attention dropout: expected 0"):
-        dropped(TOKENS)
 
 
 @pytest.mark.parametrize(
