@@ -20,6 +20,8 @@ _LABELS = {
     "step": "Training step",
     "token": "One token",
 }
+_MODES = {"forward": "o", "forward+backward": "D", "step": "P", "token": "*"}
+_DTYPES = {"float32": "#2f6fab", "bfloat16": FUSED, "float16": EAGER}
 _MARKERS = {"attention": "o", "varlen": "s", "decode": "^", "module": "D", "training": "P", "generation": "*"}
 
 
@@ -27,7 +29,13 @@ def all_plots(results: Results) -> dict[str, Figure]:
     """{file name without ending: figure}, without those that the results have nothing for."""
     import matplotlib
 
-    makers = {"speedup": speedup, "length": time_by_length, "roofline": roofline, "memory": memory}
+    makers = {
+        "overview": overview,
+        "speedup": speedup,
+        "length": time_by_length,
+        "roofline": roofline,
+        "memory": memory,
+    }
     with matplotlib.rc_context(_FONT):
         figures = {name: make(results) for name, make in makers.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -91,6 +99,43 @@ def _panels(rows: list[tuple[str, str, analysis.Race]], bars: int) -> tuple[Figu
 def _legend_on_top(figure: Figure, axes: Axes, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+
+
+def overview(results: Results) -> Figure | None:
+    """One line per case: how many times faster than two SDPA calls, by pass and dtype."""
+    ratios: dict[str, dict[tuple[str, str], float]] = {}
+    for label, mode, race in _rows(results):
+        ratio = analysis.speedup(analysis.two_sdpa(race), analysis.fused(race))
+        if ratio is not None:
+            first = next(iter(race.values()))
+            ratios.setdefault(label.removesuffix(f", {first.dtype}"), {})[mode, first.dtype] = ratio
+    if not ratios:
+        return None
+    figure = Figure(figsize=(9, 0.29 * len(ratios) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color=TWO, linewidth=1.5)
+    for line, found in enumerate(ratios.values()):
+        axes.plot(
+            [min(1.0, *found.values()), max(1.0, *found.values())], [line, line], color=OTHER, linewidth=1, zorder=1
+        )
+        for (mode, dtype), ratio in found.items():
+            axes.scatter(ratio, line, 44, _DTYPES[dtype], marker=_MODES[mode], linewidths=0, zorder=2)
+    axes.set_xscale("log")
+    values = [ratio for found in ratios.values() for ratio in found.values()]
+    _plain_log_ticks(axes.xaxis, min(values), max(values), "x")
+    axes.set_xlim(min(1.0, *values) / 1.1, max(1.0, *values) * 1.1)
+    axes.set_yticks(range(len(ratios)), list(ratios))
+    axes.set_ylim(len(ratios) - 0.5, -0.5)
+    axes.grid(axis="x", which="both", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("times faster than two SDPA calls and a multiply-add (line: as fast)")
+    keys = list(dict.fromkeys(key for found in ratios.values() for key in found))
+    handles = [
+        Line2D([], [], color=_DTYPES[dtype], marker=_MODES[mode], linestyle="", label=f"{_LABELS[mode]}, {dtype}")
+        for mode, dtype in keys
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(keys) // 2), frameon=False, fontsize=9)
+    return figure
 
 
 def speedup(results: Results) -> Figure | None:
@@ -201,12 +246,16 @@ def _roofline_legend(figure: Figure, points: list[Measurement]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
 
 
-def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
+def _plain_log_ticks(axis: Axis, low: float, high: float, unit: str = "") -> None:
     """Numbers as one reads them (0.1, 500, 20k) on a logarithmic axis that spans less than one decade or five of them: never
     one tick alone, never all in one another's way.
     """
     axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k"))
+
+    def text(value: float, position: int | None) -> str:
+        return (f"{value:g}" if value < 1e4 else f"{value / 1e3:g}k") + unit
+
+    axis.set_major_formatter(FuncFormatter(text))
     axis.set_minor_formatter(NullFormatter())
 
 

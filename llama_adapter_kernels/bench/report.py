@@ -7,6 +7,7 @@ from llama_adapter_kernels.bench import analysis, tables
 from llama_adapter_kernels.bench.results import Results
 
 CAPTIONS = {
+    "overview": ("Overview", "The fused operation over two SDPA calls. Where a case is also run packed, unpacked."),
     "speedup": (
         "Speed-up by shape",
         "Times faster than the fastest composition of two SDPA calls and a multiply-add, the best one writes by hand. "
@@ -38,18 +39,30 @@ def write(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written, figures = [], {}
     for name, figure in plots.all_plots(results).items():
-        for ending in ("png", "svg"):
-            path = folder / f"{name}.{ending}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
-            written.append(path)
+        figure.savefig(folder / f"{name}.png", dpi=150)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
+        (folder / f"{name}.svg").write_text(svg.getvalue(), encoding="utf-8")
+        written += [folder / f"{name}.png", folder / f"{name}.svg"]
         figures[name] = _inline(svg.getvalue(), name)
     for name, text in (("report.html", page(results, figures)), ("table.md", tables.readme_table(results) + "\n")):
         path = folder / name
         path.write_text(text, encoding="utf-8")
         written.insert(0, path)
     return written
+
+
+def write_picture(results: Results, path: Path) -> Path:
+    """The overview alone, as SVG that says which run it shows."""
+    from llama_adapter_kernels.bench import plots
+
+    figure = plots.all_plots(results)["overview"]
+    figure.savefig(path, metadata={"Date": None, "Title": picture_title(results)})
+    return path
+
+
+def picture_title(results: Results) -> str:
+    return f"Speed over two SDPA calls, commit {results.machine['commit']}, {results.recorded}"
 
 
 def page(results: Results, figures: dict[str, str]) -> str:

@@ -11,7 +11,10 @@ from llama_adapter_kernels.errors import UserError
 def bench_report(
     files: Annotated[list[Path], typer.Argument(help="Result files of `llama-adapter bench`, of one machine.")],
     output: Annotated[Path, typer.Option(help="Folder for report.html and the plots.")] = Path("bench-report"),
-    readme: Annotated[Path | None, typer.Option(help="Put the table between the markers of this file.")] = None,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Put the table between the markers of this file, and the overview beside it as speed.svg."),
+    ] = None,
 ) -> None:
     """Write an HTML page with plots, and the Markdown table."""
     from llama_adapter_kernels.bench import report, results, tables
@@ -31,4 +34,5 @@ def bench_report(
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         readme.write_text(text)
-        typer.echo(f"written: {readme}")
+        picture = report.write_picture(merged, readme.parent / "speed.svg")
+        typer.echo(f"written: {readme}, {picture}")
