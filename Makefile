@@ -34,7 +34,8 @@ $(VENV)/run.stamp: constraints.txt
 $(VENV)/environment.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV): what tests, benchmarks and linters need"
 	$(PIP) pybind11 triton pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard \
-	    pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	    pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format gguf
+	$(PIP) --no-deps litgpt lightning lightning-utilities torchmetrics
 	$(PIP) --no-deps --target $(VENV)/timm --upgrade timm torchvision requests urllib3 charset-normalizer || \
 	    echo "timm could not be installed; the tests of its models will say so"
 	touch $@

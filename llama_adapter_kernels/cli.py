@@ -13,6 +13,7 @@ from llama_adapter_kernels.commands import (
     bench,
     bench_check,
     bench_report,
+    convert,
     demo,
     encode,
     evaluate,
@@ -26,6 +27,7 @@ from llama_adapter_kernels.errors import UserError
 _EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "sentencepiece"), "transformers") | {
     "matplotlib": "bench",
     "peft": "peft",
+    "gguf": "gguf",
 }
 
 
@@ -93,6 +95,7 @@ def main(
 app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(encode.encode)
+app.command()(convert.convert)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(info.info)

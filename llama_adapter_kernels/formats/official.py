@@ -37,7 +37,8 @@ _ENCODER = re.compile(r"(clip|image_bind|mu_mert_model|mert_model)\..+")  # froz
 def read_v1(source: Source, choices: Choices) -> Reading:
     """LLaMA-Adapter V1: the adapter alone or a whole checkpoint of its trainer. Gates are tanh unless chosen otherwise."""
     keys = sort_keys(source)
-    keys.norms.clear()  # V1 freezes them: only a whole checkpoint has any
+    keys.base += keys.norms.values()  # V1 freezes norms: only a whole checkpoint has any
+    keys.norms.clear()
     gate = choices.gate or "tanh"
     reason = (
         "as chosen" if choices.gate else "the default; identity is for files meant for the project's raw inference code"

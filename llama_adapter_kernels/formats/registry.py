@@ -115,4 +115,4 @@ def tell(reading: Reading) -> None:
         _LOG.info(note)
     if reading.state.leftover:
         names = dict.fromkeys(name.partition(".")[0] for name in reading.state.leftover)
-        warnings.warn(f"kept beside the adapter, without effect: {listed(names, every=True)}", stacklevel=3)
+        warnings.warn(f"kept beside the adapter, without effect: {listed(sorted(names), every=True)}", stacklevel=3)

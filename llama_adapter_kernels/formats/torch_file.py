@@ -87,9 +87,12 @@ class TorchFile:
         names = list(names)
         described = _at(self.content, place)
         self._check_bytes({described[name].key for name in names})
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        mapped = _at(loaded, place)
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = {name: _at(loaded, place)[name] for name in names}
+        except Exception as error:  # torch reads parts of the archive that zipfile takes no notice of
+            raise ValueError(f"{self.path}: damaged ({type(error).__name__}: {clip(error)})") from error
         copies = {}
         for name in names:
             tensor, record = mapped[name], described[name]
