@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from llama_adapter_kernels.bench.results import Measurement, Results
 
 Race = dict[str, Measurement]
-BEYOND = 1.1  # times a ceiling: what exceeds it by more was right, the ceiling was measured on a busy machine
-PADDED_TO_512 = "two-sdpa-512"  # what the released training script does; nobody's best
+BEYOND = 1.1  # times a ceiling; where a contestant exceeds it by more, the ceiling was measured on a busy machine
+PADDED_TO_512 = "two-sdpa-512"  # what the released training script does; never the best composition
 
 
 def timed(race: Race) -> Race:
@@ -18,7 +18,7 @@ def _fastest(entries: list[Measurement]) -> Measurement | None:
 
 
 def two_sdpa(race: Race) -> Measurement | None:
-    """The fastest composition of two attention calls: the best one has without this package."""
+    """The fastest composition of two attention calls: the best that there is without this package."""
     return _fastest([e for n, e in timed(race).items() if n.startswith("two-") and n != PADDED_TO_512])
 
 
@@ -28,8 +28,8 @@ def plain_sdpa(race: Race) -> Measurement | None:
 
 
 def fused(race: Race, packed: bool = False) -> Measurement | None:
-    """The fastest of our backends that computes the prefix; the slow definition is none of them. On models: the adapter
-    as it is attached, backend and all.
+    """The fastest of this package's backends that computes the prefix, without the slow definition. In model cases it is
+    the attached adapter with the backend that it chooses.
     """
     attached = timed(race).get("ours-adapter-packed" if packed else "ours-adapter")
     if attached is not None:
@@ -68,12 +68,12 @@ def rates(entry: Measurement, ceilings: dict[str, float]) -> Rates:
 
 
 def compute_ceiling(ceilings: dict[str, float], dtype: str) -> float | None:
-    """The rate of a large matrix product. A processor without bfloat16 units is faster in float32: then that counts."""
+    """The rate of a large matrix product, in float32 where a processor without bfloat16 units is faster in that."""
     return max((ceilings[name] for name in (f"gemm_{dtype}", "gemm_float32") if name in ceilings), default=None)
 
 
 def trusted_ceilings(results: Results) -> dict[str, float]:
-    """The ceilings, without the matrix products' where a contestant went far beyond: those say nothing then."""
+    """The ceilings, without those of matrix products where a contestant went far beyond: they say nothing then."""
     for entry in results.measurements:
         ceiling = compute_ceiling(results.ceilings, entry.dtype)
         if entry.median is not None and ceiling is not None and entry.flop / entry.median > BEYOND * ceiling:

@@ -1,4 +1,4 @@
-"""Contestants for attention over a (padded) batch, and for decoding against a cache: the same calls with one query."""
+"""Contestants for attention over a (padded) batch and, with one query, for decoding against a cache."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ def leaves(problem: Problem) -> dict[str, Tensor]:
 
 
 def sdpa_mask(problem: Problem) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) for scaled_dot_product_attention: a mask only where there is no other way."""
+    """(attn_mask, is_causal) for scaled_dot_product_attention: with a mask only where there is no other way."""
     case, tensors = problem.case, leaves(problem)
     key_end = problem.arguments.get("key_end")
     if key_end is not None:
@@ -165,8 +165,8 @@ def _prepare_flex(problem: Problem, backward: bool) -> Prepared:
         expanded = (tensor.expand(batch, -1, -1, -1).contiguous() for tensor in prefix)
         return words, flex_attention(query, *expanded, scale=case.scale, enable_gqa=grouped)
 
-    # Every shape is a compilation of the same function. After eight of them torch runs it uncompiled, with nothing but a
-    # warning: forget those of earlier races, and fail where it still happens.
+    # Every shape compiles the same function again, and after eight of them torch runs it uncompiled with nothing but a
+    # warning. So those of earlier races are forgotten, and where it happens all the same this fails.
     torch.compiler.reset()
     compiled = torch.compile(both, dynamic=False, fullgraph=True)
 

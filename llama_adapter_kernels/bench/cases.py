@@ -78,7 +78,7 @@ class BenchCase:
 
     @property
     def cold(self) -> bool:
-        """Caches are flushed before every call: a decode step finds its keys in memory, the weights came between."""
+        """Whether caches are flushed before every call. A decode step finds its keys in memory: the weights came between."""
         return self.question == "decode"
 
     @property
@@ -167,7 +167,7 @@ def cases(device_type: str) -> dict[str, BenchCase]:
         *_sweep(gpu),
         *([] if gpu else _floors()),
     ]
-    if gpu:  # half precision is what GPUs are for
+    if gpu:  # nobody trains attention in float32 on a GPU
         table = [replace(case, dtypes=("bfloat16",)) for case in table]
     return {case.name: case for case in table}
 

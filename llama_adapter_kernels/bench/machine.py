@@ -1,4 +1,4 @@
-"""What a time was measured on. Names of machines and paths stay out: result files are published."""
+"""What a time was measured on. Result files are published, so names of machines and paths stay out."""
 
 import importlib.metadata
 import os
@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def cpu_clock() -> int | None:
-    """Of the fastest core at this moment, in MHz; None where the system does not say. Virtual ones show the nominal."""
+    """MHz of the fastest core now, on virtual machines the nominal clock; None where the system does not say."""
     return max((round(float(value)) for value in _cpuinfo("cpu MHz")), default=None)
 
 

@@ -26,8 +26,10 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of measuring per race, and how many rounds that may be; three rounds suffice where four times the
-    seconds are gone, and one call of what alone takes longer than that."""
+    """Seconds of measuring per race, and how many rounds that may be.
+
+    Where four times the seconds are gone three rounds suffice, and a call that alone takes longer is made once.
+    """
 
     seconds: float
     least_rounds: int
@@ -43,7 +45,7 @@ _SLOW, _SLOW_EVERY = 10.0, 4  # times the fastest contestant; such a one takes p
 
 
 def share(budget: Budget, seconds_left: float, races_left: int) -> Budget:
-    """The budget of the next race where time is limited: half of its share, checks and compilation take the other."""
+    """The budget of the next race where time is limited: half of its share, because checks take the other half."""
     return replace(budget, seconds=min(budget.seconds, max(QUICK.seconds, seconds_left / races_left / 2)))
 
 
@@ -119,7 +121,7 @@ class CpuClock:
     def ready(self, call: Call) -> Ready:
         for _ in range(2):
             if _wall_time(call, 1) > self.long_call:
-                break  # the check has run it too; over so long a call the first time does not show
+                break  # the check has warmed it up, and the first of so long a call is not slower than the next
         return Ready(call)
 
     def sample(self, call: Call, repeats: int, cold: bool) -> float:
@@ -233,7 +235,7 @@ def race(
         try:
             warm = clock.ready(call)
             once = clock.sample(warm.call, 1, cold)
-        except Exception as error:  # out of memory beside the others, for one: the race goes on without it
+        except Exception as error:  # such as out of memory beside the others; the race goes on without it
             failed[name] = reasons.first_line(error)
             continue
         ready[name], repeats[name] = warm, clock.repeats(once, cold)

@@ -1,4 +1,4 @@
-"""Contestants for an attention module and for a training step of a small Llama: plain, two SDPA calls, PEFT, ours."""
+"""Contestants for attention modules and whole models: no adapter, two SDPA calls, eager, PEFT and this package."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,7 +54,7 @@ def _hook(attention: Attention, module: Any, query: Tensor, key: Tensor, value: 
 
 @cache
 def register(name: str, attention: Attention) -> str:
-    """Registers an attention function with transformers, masks as for SDPA; returns its name."""
+    """Registers an attention function with transformers, which gets the masks of SDPA; returns its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -99,7 +99,7 @@ def make_model_problem(shape: ModelShape, mode: Mode, dtype: torch.dtype, device
 
 
 def empty_model(shape: ModelShape, mode: Mode, attention: str, dtype: torch.dtype | None) -> Any:
-    """A LlamaForCausalLM; for module cases its feed-forward part is next to nothing, it is not run."""
+    """A LlamaForCausalLM. In module cases its feed-forward part is next to nothing, because it is not run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

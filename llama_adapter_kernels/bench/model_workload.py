@@ -44,8 +44,8 @@ class ModelWorkload(Workload):
         if self.mode != "step":
             return super().call(prepared)
         trained = [leaf for name, leaf in prepared.leaves.items() if name != "hidden"]
-        # A learning rate of zero: the same work as any other, and every step is the same step. On a GPU it must be told
-        # that it will be captured in a graph.
+        # With a learning rate of zero the work is the same as with any other, and every step is the same step. On a GPU
+        # the optimizer must be told that it will be captured in a graph.
         capturable = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.02, capturable=capturable) if trained else None
         wanted = list(prepared.leaves.values())
@@ -70,7 +70,7 @@ class ModelWorkload(Workload):
         for name, result in results.items():
             deviation = testing.deviation(name, result, truth)  # a NaN in the result makes its error NaN
             if name == "dgate" and truth.dtype == torch.float32:
-                # One number per layer: twice the error of eager is a matter of luck. 1e-5 is the rule's other bound.
+                # With one number per layer, twice the error of eager is a matter of luck. 1e-5 is the rule's other bound.
                 limit = max(deviation.limit, 1e-5 * truth.exact[name].abs().max().item())
                 deviation = replace(deviation, limit=limit)
             found.append(deviation)

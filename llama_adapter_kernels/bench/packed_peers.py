@@ -1,4 +1,4 @@
-"""Contestants for packed sequences of different lengths: padding them, a loop over them, torch's varlen attention."""
+"""Contestants for sequences of different lengths: padding them, looping over them, torch's varlen attention."""
 
 from functools import partial
 

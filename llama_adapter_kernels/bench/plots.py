@@ -247,8 +247,8 @@ def _roofline_legend(figure: Figure, points: list[Measurement]) -> None:
 
 
 def _plain_log_ticks(axis: Axis, low: float, high: float, unit: str = "") -> None:
-    """Numbers as one reads them (0.1, 500, 20k) on a logarithmic axis that spans less than one decade or five of them: never
-    one tick alone, never all in one another's way.
+    """Numbers as one reads them (0.1, 500, 20k), on logarithmic axes of less than one decade as well as of five: there is
+    never one tick alone, and they never overlap.
     """
     axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
 

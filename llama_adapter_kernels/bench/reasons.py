@@ -15,7 +15,7 @@ def first_line(error: BaseException) -> str:
 def why(error: BaseException, warnings: Iterable[str]) -> str:
     """The exception's first line, and what `scaled_dot_product_attention` warned about before it gave up."""
     said = (text.partition(" (Triggered internally")[0].strip() for text in warnings)
-    # Of an exception in foreign code other warnings (deprecations and the like) explain nothing.
+    # Other warnings, such as deprecations, do not explain an exception in foreign code.
     refusals = [text for text in said if not any(words in text for words in _NO_REASON)]
     if "No available kernel" not in str(error) or not refusals:
         return first_line(error)

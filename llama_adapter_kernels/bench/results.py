@@ -1,4 +1,4 @@
-"""The result file: JSON with a version number, refused when it is another one's.
+"""The result file: JSON with a version number; a file of another version is refused.
 
 {"format": "llama-adapter-kernels benchmark", "version": 1, "recorded": UTC date, "machine": {...}, "method": {...},
  "ceilings": {...}, "measurements": [...]}; every time in seconds, every size in bytes, rates per second.
@@ -16,7 +16,7 @@ Status = Literal["timed", "wrong", "unavailable"]
 
 
 class ResultError(ValueError):
-    """A file that is no result file of this version; the message says why."""
+    """The file is not a result file of this version; the message says why."""
 
 
 @dataclass

@@ -44,7 +44,7 @@ def plan(chosen: list[BenchCase], dtypes: list[str] | None = None) -> list[Plan]
 
 
 def known_peers() -> dict[str, str]:
-    """{name: label} of every contestant in any race; where one means different things, its first label."""
+    """{name: label} of every contestant in any race. A name that means different things has its first label."""
     from llama_adapter_kernels.bench import attention_peers, model_peers, packed_peers
 
     tables: list[Peer[Any]] = [
@@ -74,7 +74,9 @@ def start(device: torch.device, budget: Budget, plans: list[Plan], clock: CpuClo
               "seconds_per_race": budget.seconds, "rounds": [budget.least_rounds, budget.most_rounds]}  # fmt: skip
     recorded = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     rates = ceilings.measure(device, ceiling_dtypes(plans), clock)
-    return Results(machine.facts(device), method, rates, recorded)  # facts after work: an idle machine's clocks are low
+    return Results(
+        machine.facts(device), method, rates, recorded
+    )  # facts come after work: the clocks of an idle machine are low
 
 
 def ceiling_dtypes(plans: list[Plan]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables: for the terminal, and the Markdown one that README shows."""
+"""Tables for the terminal, and the one in Markdown that benchmarks/README.md shows."""
 
 from collections.abc import Iterable, Sequence
 
