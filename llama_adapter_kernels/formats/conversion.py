@@ -60,8 +60,9 @@ def base_facts(path: Path) -> dict[str, Any]:
         return value
 
     width, heads = number("hidden_size"), number("num_attention_heads")
-    return {
-        "model_type": str(told.get("model_type", "")), "hidden_size": width, "num_attention_heads": heads,
+    kind = {"model_type": told["model_type"]} if isinstance(told.get("model_type"), str) else {}
+    return kind | {
+        "hidden_size": width, "num_attention_heads": heads,
         "num_hidden_layers": number("num_hidden_layers"), "num_key_value_heads": number("num_key_value_heads", heads),
         "head_dim": number("head_dim", max(width // heads, 1)),
     }  # fmt: skip
