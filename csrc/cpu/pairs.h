@@ -14,23 +14,23 @@ using Pairs = IntVec<float>;
 LAK_INLINE Pairs load_pairs(const uint32_t* p) { return (Pairs)load(reinterpret_cast<const float*>(p)); }
 LAK_INLINE void store_pairs(uint32_t* p, Pairs v) { store(reinterpret_cast<float*>(p), (Vec<float>)v); }
 
+LAK_INLINE Vec<float> low_of(Pairs pairs) { return (Vec<float>)(pairs << 16); }
+LAK_INLINE Vec<float> high_of(Pairs pairs) { return (Vec<float>)(pairs & static_cast<int32_t>(0xffff0000u)); }
+
 // sum + low * low + high * high. The instruction rounds after each product and flushes denormals. The stand-in, which tests
 // use on a CPU without it, keeps denormals: a difference of 1e-38.
 LAK_INLINE Vec<float> dot_pairs(Vec<float> sum, Pairs a, Pairs b) {
 #if defined(LAK_BF16_STAND_IN)
-  const Pairs high = Pairs{} + static_cast<int32_t>(0xffff0000u);
-  sum += (Vec<float>)(a & high) * (Vec<float>)(b & high);
-  return sum + (Vec<float>)(a << 16) * (Vec<float>)(b << 16);
+  sum += high_of(a) * high_of(b);
+  return sum + low_of(a) * low_of(b);
 #else
   return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
 }
 
-// Two vectors of float to pairs, rounded to nearest even; no NaN with payload in its low bits comes here.
+// Two vectors of float to pairs, rounded to nearest even.
 LAK_INLINE Pairs to_pairs(Vec<float> low, Vec<float> high) {
-  const Pairs a = (Pairs)low, b = (Pairs)high;
-  const Pairs rounded_a = a + 0x7fff + ((a >> 16) & 1), rounded_b = b + 0x7fff + ((b >> 16) & 1);
-  return ((rounded_a >> 16) & 0xffff) | (rounded_b & static_cast<int32_t>(0xffff0000u));
+  return (Pairs)(round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000u));
 }
 
 // A vector's elements of each of two rows: pairs of what is above one another. A widened bfloat16 is its bits, 16 up.
@@ -38,6 +38,11 @@ LAK_INLINE Pairs interleave(const BFloat16* low, const BFloat16* high) {
   return (((Pairs)load_wide(low) >> 16) & 0xffff) | (Pairs)load_wide(high);
 }
 
+// Neighbours in memory, which begin at any element.
+LAK_INLINE Pairs load_neighbours(const BFloat16* p) {
+  using Unaligned = int32_t __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
 LAK_INLINE uint32_t pair_at(const BFloat16* p) {
   uint32_t pair;
   std::memcpy(&pair, p, 4);
@@ -53,7 +58,7 @@ inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, 
     if (r0 + lanes <= rows) {
       for (; d + 2 * lanes <= depth; d += 2 * lanes) {
         Vec<float> block[lanes];
-        for (int64_t r = 0; r < lanes; ++r) block[r] = load(reinterpret_cast<const float*>(from + (r0 + r) * stride + d));
+        for (int64_t r = 0; r < lanes; ++r) block[r] = (Vec<float>)load_neighbours(from + (r0 + r) * stride + d);
         transpose_square<float>(block);
         for (int64_t i = 0; i < lanes; ++i) store_pairs(to + (d / 2 + i) * ldt + r0, (Pairs)block[i]);
       }

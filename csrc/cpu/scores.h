@@ -40,7 +40,8 @@ LAK_INLINE auto sees(int64_t m, int64_t t, int64_t hidden) {
   return lane >= broadcast(static_cast<C>(hidden + t - m));
 }
 
-// scores[t][m] += mask, for `rows` queries from q0 and n keys from k0: squares of the mask are transposed in registers.
+// scores[t][m] += mask, for `rows` queries from q0 and n keys from k0: squares of the mask are transposed in registers. Where the
+// mask is -inf (a bool mask: false), so is the score, whatever the key holds, NaN included. Lanes past the last query see nothing.
 template <class C>
 void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t rows, int64_t k0, int64_t n, C* scores) {
   constexpr int64_t lanes = kLanes<C>;
@@ -52,19 +53,22 @@ void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t
         const bool whole = used_keys == lanes && mask.stride_key == 1;
         Vec<C> square[lanes];
         for (int64_t r = 0; r < lanes; ++r) {
-          alignas(64) C line[lanes] = {};
+          alignas(64) C line[lanes];
           const int64_t offset = first + (m + r) * mask.stride_query + t * mask.stride_key;
           if (whole && r < used_rows) {
             for (int64_t i = 0; i < lanes; ++i) line[i] = read(offset + i);
           } else if (r < used_rows) {
             for (int64_t i = 0; i < used_keys; ++i) line[i] = read(offset + i * mask.stride_key);
+            for (int64_t i = used_keys; i < lanes; ++i) line[i] = 0;
+          } else {
+            for (int64_t i = 0; i < lanes; ++i) line[i] = -__builtin_huge_val();
           }
           square[r] = load(line);
         }
         transpose_square<C>(square);
         for (int64_t i = 0; i < used_keys; ++i) {
           C* row = scores + (t + i) * kBlockQueries + m;
-          store(row, load(row) + square[i]);
+          store(row, square[i] == broadcast(C(-__builtin_huge_val())) ? square[i] : load(row) + square[i]);
         }
       }
     }

@@ -46,18 +46,22 @@ struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class C>
 using Vec = typename VectorOf<C>::Type;
 template <class C>
 using IntVec = typename VectorOf<C>::Int;
+template <class C>
+using BitsVec = typename VectorOf<C>::Bits;  // for arithmetic on bits: it wraps around
 template <class C>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
 
@@ -88,14 +92,17 @@ LAK_INLINE Vec<C> maximum(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
-// 2^x for x <= 0 or so (softmax arguments), 0 below the smallest normal number, exactly 1 for 0. -inf gives 0, NaN gives NaN.
-// x = n + f with |f| <= 1/2: 2^f by a polynomial (float: minimax of degree 6, error below 1 ulp; double: Taylor of degree 13,
-// below 1.5 ulp), 2^n by adding n to the exponent.
+// 2^x for x <= 0 (softmax arguments): exactly 1 for 0, 0 for -inf and wherever 2^x is below the normal numbers, NaN for every
+// NaN. x = n + f with |f| <= 1/2: 2^f by a polynomial (float: minimax of degree 6, error below 1 ulp; double: Taylor of degree
+// 13, below 1.5 ulp), times a power of two made from bits. Only n becomes bits; f, which is NaN where x is, goes through
+// arithmetic alone. For x > 0, which nobody may use, the result is any number.
+//
+// Adding round_shift rounds x to an integer and leaves n + the exponent's bias in the lowest bits. The clamp is where that is
+// 0, which as an exponent means the number 0.
 LAK_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
   using V = Vec<float>;
-  using I = IntVec<float>;
-  const V round_shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const V clamped = maximum<float>(broadcast(-150.0f), x);  // NaN: second operand
+  const V round_shift = broadcast(12582912.0f + 127.0f);    // 1.5 * 2^23
+  const V clamped = maximum<float>(broadcast(-127.0f), x);  // NaN: second operand
   const V shifted = clamped + round_shift;
   const V f = clamped - (shifted - round_shift);
   V p = broadcast(1.5353360e-4f);
@@ -104,17 +111,14 @@ LAK_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  const I exponent = ((I)shifted) << 23;
-  const V result = (V)(((I)p) + exponent);
-  return x < broadcast(-125.5f) ? V{} : result;
+  const V power = (V)((IntVec<float>)shifted << 23);
+  return (power * f) * p + power;
 }
 
 LAK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   using V = Vec<double>;
-  using I = IntVec<double>;
-  const V round_shift = broadcast(6755399441055744.0);  // 1.5 * 2^52
-  const V clamped = maximum<double>(broadcast(-1100.0), x);
+  const V round_shift = broadcast(6755399441055744.0 + 1023.0);  // 1.5 * 2^52
+  const V clamped = maximum<double>(broadcast(-1023.0), x);
   const V shifted = clamped + round_shift;
   const V f = clamped - (shifted - round_shift);
   // ln(2)^k / k!; the first term left out is below 6e-18 for |f| <= 1/2
@@ -131,10 +135,8 @@ LAK_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
   p = p * f + 5.5504108664821580e-2;
   p = p * f + 2.4022650695910071e-1;
   p = p * f + 6.9314718055994531e-1;
-  p = p * f + 1.0;
-  const I exponent = ((I)shifted) << 52;
-  const V result = (V)(((I)p) + exponent);
-  return x < broadcast(-1021.5) ? V{} : result;
+  const V power = (V)((IntVec<double>)shifted << 52);
+  return (power * f) * p + power;
 }
 
 // ---- storage types ----
@@ -215,6 +217,16 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::Type;
 
+// What rounding to a storage type may change a number by, relative to it.
+template <class T>
+inline constexpr Compute<T> kRounding = 0x1p-24f;
+template <>
+inline constexpr float kRounding<BFloat16> = 0x1p-8f;
+template <>
+inline constexpr float kRounding<Float16> = 0x1p-11f;
+template <>
+inline constexpr double kRounding<double> = 0x1p-53;
+
 // kLanes consecutive elements of storage as one vector.
 LAK_INLINE Vec<float> load_wide(const float* p) { return load(p); }
 LAK_INLINE Vec<double> load_wide(const double* p) { return load(p); }
@@ -270,11 +282,14 @@ LAK_INLINE void store_narrow(Float16* p, Vec<float> v) {
   for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], p[i]);
 #endif
 }
+// The bits of bfloat16, rounded to nearest even, in the upper half of each element (the lower one holds anything). NaN stays NaN.
+LAK_INLINE BitsVec<float> round_to_bfloat16(Vec<float> v) {
+  using Bits = BitsVec<float>;
+  const Bits bits = (Bits)v, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return v == v ? rounded : Bits{} + 0x7fc00000u;
+}
 LAK_INLINE void store_narrow(BFloat16* p, Vec<float> v) {
-  using I = IntVec<float>;
-  const I bits = (I)v;
-  I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v == v ? rounded : I{} + 0x7fc0;
+  const BitsVec<float> rounded = round_to_bfloat16(v) >> 16;
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)rounded));
 #else

@@ -1,6 +1,5 @@
 """The CPU kernels against float64 by the tolerance rule, per instruction set, over every argument form and tile edge."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -9,7 +8,6 @@ import torch
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_decode
 from llama_adapter_kernels.testing import Case, Truth, deviations, make_problem, truth_of
-from tests.support.instruction_sets import USABLE, forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = Case(batch=1, heads_q=2, heads_kv=1)
@@ -56,12 +54,6 @@ def check(case: Case, dtype: torch.dtype) -> None:
     results = {"output": output} | {f"d{name}": g for name, g in problem.backward(output).items()}
     bad = [str(d) for d in deviations(problem, results, truth) if not d.ok]
     assert not bad, "\n".join(bad)
-
-
-@pytest.fixture(params=USABLE)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with forced(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
