@@ -1,4 +1,4 @@
-// Backward, by recomputation from the saved log-sum-exp (MATH.md of the paper's operation, gradients):
+// Backward, by recomputation from the saved log-sum-exp (the gradients of arXiv 2303.16199, equations 5 to 8):
 //
 //   words:   P = exp(S - lse)   dP = dO V^T   dS = P (dP - D_w)        dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K
 //   prefix:  P_p softmax        dP_p = dO Vp^T   D_p = sum P_p dP_p    dS_p = gate P_p (dP_p - D_p)
@@ -12,6 +12,8 @@
 //
 // Scratch of a worker, for one query head: Q^T and dO^T by query block, Q and dO as the products want them (products.h), dQ;
 // for its keys: dK and dV. O(sequence * head_dim), nothing of size sequence^2.
+#include <limits>
+
 #include "kernel_table.h"
 #include "products.h"
 
@@ -56,7 +58,7 @@ template <class Products>
 struct BackwardScratch {
   using C = typename Products::C;
   C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues;
-  C *scores, *dscores, *packed_weights, *logsumexp, *delta;
+  C *scores, *dscores, *packed_weights, *logsumexp, *delta, *squared_noise;
 
   BackwardScratch(Scratch& s, const ZeroGateParams& p, const Partition& part) {
     const int64_t rows = part.padded_queries * part.padded_depth, keys_rows = part.words ? part.keys_per_split : 0;
@@ -76,6 +78,7 @@ struct BackwardScratch {
     packed_weights = s.take<C>(Products::kPacksWeights ? block * kBlockQueries / 2 : 0);
     logsumexp = s.take<C>(part.padded_queries);
     delta = s.take<C>(part.padded_queries);
+    squared_noise = s.take<C>(part.padded_queries);
   }
 };
 
@@ -112,6 +115,8 @@ class BackwardTask {
   using T = typename Products::Storage;
   using C = typename Products::C;
   static constexpr int64_t kLane = kLanes<C>;
+  static constexpr C kRoundingsOfSums = 12 * kRounding<C>;
+  using DottedRows = decltype(Products::dotted_rows(nullptr, 0, 0, 0, nullptr));
   using SummedRows = decltype(Products::summed_rows(nullptr, 0, 0, 0, nullptr));
 
  public:
@@ -145,6 +150,7 @@ class BackwardTask {
     load_rows(head);
     if (seq.prefix >= 0) prefix(head);
     if (part.words) {
+      for (int64_t i = 0; i < blocks; ++i) mend_delta(head, i);
       for (int64_t round = 0; first_key(round) < seq.key_end; ++round) key_block(head, round);
     }
     if (dquery && part.key_splits == 1) {
@@ -178,12 +184,16 @@ class BackwardTask {
   }
 
   // delta = rowsum(dO O). Summed in the order in which dP = dO V^T is: where a query sees few keys, dP - D_w cancels, and
-  // so do then the rounding errors of both.
+  // so do then the rounding errors of both. Its noise: five standard deviations of what rounding each element of O does to it,
+  // and some roundings of the sums.
   void dot_with_output(int64_t head, int64_t first) {
+    constexpr C deviations = 3 * kRounding<T> + kRoundingsOfSums;
     Products::load_columns(row_pointer<const T>(p.output, batch, head, seq.first_query + first), p.output.stride_row,
                            smaller(kBlockQueries, seq.queries - first), kBlockQueries, depth, C(1), s.output_t);
     for (int64_t m = 0; m < kBlockQueries; m += kLane) {
-      store(s.delta + first + m, Products::column_dots(s.output_t, s.doutput_t + first * depth, depth, m));
+      const auto dots = Products::column_dots(s.output_t, s.doutput_t + first * depth, depth, m);
+      store(s.delta + first + m, dots.sum);
+      store(s.squared_noise + first + m, dots.squares * broadcast(deviations * deviations));
     }
   }
 
@@ -236,25 +246,64 @@ class BackwardTask {
       store(at, probability);
       store(d_at, probability * (load(d_at) - d_prefix));
     }
-    store(s.delta + first + m, load(s.delta + first + m) - broadcast(gate) * d_prefix);
+    const Vec<C> in_output = broadcast(gate) * d_prefix, roundings = in_output * kRoundingsOfSums;
+    store(s.delta + first + m, load(s.delta + first + m) - in_output);
+    store(s.squared_noise + first + m, load(s.squared_noise + first + m) + roundings * roundings);
     return d_prefix;
+  }
+
+  // A row of O that overflowed its type (float16, mostly) leaves dO O without a meaning: D_w is then the sum of P dP over the
+  // row's keys, which takes two more products.
+  void mend_delta(int64_t head, int64_t block) {
+    const int64_t q0 = block * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
+    const auto overflowed = [&](int64_t m) { return !(__builtin_fabs(s.delta[q0 + m]) <= std::numeric_limits<C>::max()); };
+    bool any = false;
+    for (int64_t m = 0; m < rows; ++m) any = any || overflowed(m);
+    if (!any) return;
+    alignas(64) C p[kBlockQueries] = {}, p_dp[kBlockQueries] = {};
+    for (int64_t k0 = seq.key_begin; k0 < seq.key_end; k0 += kBlockKeys) {
+      const int64_t n = smaller(kBlockKeys, seq.key_end - k0), hidden = k0 - seq.diagonal - q0;
+      scores_and_dp(head, k0, n, operands(k0, n), block);
+      for (int64_t m = 0; m < rows; m += kLane) {
+        const RowSums sums = probabilities(m, seen_keys(n, m + kLane, hidden), q0, hidden);
+        store(p + m, load(p + m) + sums.p);
+        store(p_dp + m, load(p_dp + m) + sums.p_dp);
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      if (overflowed(m)) s.delta[q0 + m] = p[m] == 0 ? C(0) : p_dp[m] / p[m];
+    }
+  }
+
+  struct KeysAndValues {
+    DottedRows keys, values;
+  };
+  KeysAndValues operands(int64_t k0, int64_t n) {
+    const T* k = row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0);
+    const T* v = row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0);
+    return {Products::dotted_rows(k, p.key.stride_row, n, depth, s.keys),
+            Products::dotted_rows(v, p.value.stride_row, n, depth, s.values)};
+  }
+
+  // S^T and dP^T of n keys from k0 on and one block of queries.
+  void scores_and_dp(int64_t head, int64_t k0, int64_t n, const KeysAndValues& of, int64_t block) {
+    const int64_t q0 = block * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
+    const int64_t padded_rows = round_up(rows, kLane), hidden = k0 - seq.diagonal - q0;
+    Products::dot(of.keys, n, s.query_t + q0 * depth, padded_rows, depth, hidden, scale, s.scores);
+    Products::dot(of.values, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, C(1), s.dscores);
+    if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head, q0, rows, k0, n, s.scores);
   }
 
   void key_block(int64_t head, int64_t round) {
     const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
+    const KeysAndValues of = operands(k0, n);
     const T* keys = row_pointer<const T>(p.key, batch, head_kv, seq.first_key + k0);
-    const auto k = Products::dotted_rows(keys, p.key.stride_row, n, depth, s.keys);
-    const auto v = Products::dotted_rows(row_pointer<const T>(p.value, batch, head_kv, seq.first_key + k0), p.value.stride_row,
-                                         n, depth, s.values);
     const auto summed_k = Products::summed_rows(keys, p.key.stride_row, n, depth, s.keys);
     const int64_t first_seeing = larger(0, k0 - seq.diagonal) / kBlockQueries;
     for (int64_t i = first_seeing; i < blocks; ++i) {
-      const int64_t q0 = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
-      const int64_t padded_rows = round_up(rows, kLane), hidden = k0 - seq.diagonal - q0;
-      Products::dot(k, n, s.query_t + q0 * depth, padded_rows, depth, hidden, scale, s.scores);
-      Products::dot(v, n, s.doutput_t + q0 * depth, padded_rows, depth, hidden, C(1), s.dscores);
-      if (p.mask.type != MaskType::kNone) add_mask(p.mask, batch, head, q0, rows, k0, n, s.scores);
-      for (int64_t m = 0; m < padded_rows; m += kLane) word_gradients(m, n, k0, q0, hidden);
+      const int64_t q0 = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0), hidden = k0 - seq.diagonal - q0;
+      scores_and_dp(head, k0, n, of, i);
+      for (int64_t m = 0; m < rows; m += kLane) word_gradients(m, n, k0, q0, hidden);
       if (p.dkey.data) {
         C* dkey = s.dkeys + round * kBlockKeys * padded_depth;
         C* dvalue = s.dvalues + round * kBlockKeys * padded_depth;
@@ -265,23 +314,37 @@ class BackwardTask {
     }
   }
 
-  // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries and the keys from k0 on.
-  void word_gradients(int64_t m, int64_t n, int64_t k0, int64_t q0, int64_t hidden) {
+  struct RowSums {
+    Vec<C> p, p_dp;
+  };
+  // Scores of the keys that a vector of queries sees become P; returns the sums of P and of P dP over them.
+  RowSums probabilities(int64_t m, int64_t seen, int64_t q0, int64_t hidden) {
     const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), logsumexp = load(s.logsumexp + q0 + m);
-    const int64_t seen = seen_keys(n, m + kLane, hidden), by_all = smaller(seen, larger(0, m - hidden + 1));
-    Vec<C> sum{}, weighted{};
+    const int64_t by_all = smaller(seen, larger(0, m - hidden + 1));
+    RowSums sums{};
     for (int64_t t = 0; t < seen; ++t) {
       C* at = s.scores + t * kBlockQueries + m;
       Vec<C> probability = exp2_nonpositive((load(at) - logsumexp) * log2e);
       if (t >= by_all) probability = sees<C>(m, t, hidden) ? probability : Vec<C>{};
       store(at, probability);
-      sum += probability;
-      weighted += probability * load(s.dscores + t * kBlockQueries + m);
+      sums.p += probability;
+      sums.p_dp += probability * load(s.dscores + t * kBlockQueries + m);
     }
-    // Few keys: dP - D_w cancels, and dO O carries the rounding of O. Queries whose keys are all in this block take D_w from
-    // the block itself.
+    return sums;
+  }
+
+  // Scores become P, dP becomes dS = P (dP - D_w), for one vector of queries and the keys from k0 on.
+  void word_gradients(int64_t m, int64_t n, int64_t k0, int64_t q0, int64_t hidden) {
+    const int64_t seen = seen_keys(n, m + kLane, hidden);
+    const RowSums sums = probabilities(m, seen, q0, hidden);
+    // dP - D_w cancels where one key has nearly all of the probability, and D_w from dO O carries the rounding of O. Queries whose
+    // keys are all in this block take D_w from the block itself. So does a query whose other keys have no weight that counts,
+    // and whose two D_w differ by no more than that rounding: a row that sees one key, wherever it is, has a gradient of 0.
     const bool all_here = k0 == seq.key_begin && (k0 + n == seq.key_end || m + kLane - hidden <= n);
-    const Vec<C> delta = all_here ? (sum == Vec<C>{} ? Vec<C>{} : weighted / sum) : load(s.delta + q0 + m);
+    const Vec<C> of_block = sums.p_dp / sums.p, saved = load(s.delta + q0 + m), apart = of_block - saved;
+    auto take_block = sums.p >= broadcast(all_here ? std::numeric_limits<C>::min() : C(1) - kRounding<T> / 16);
+    if (!all_here) take_block &= apart * apart <= load(s.squared_noise + q0 + m);
+    const Vec<C> delta = take_block ? of_block : saved;
     for (int64_t t = 0; t < seen; ++t) {
       C* d_at = s.dscores + t * kBlockQueries + m;
       store(d_at, load(s.scores + t * kBlockQueries + m) * (load(d_at) - delta));

@@ -14,6 +14,12 @@
 
 namespace lak::cpu::LAK_ISA {
 
+// Dot products, and the sums of the squares of what was added up.
+template <class C>
+struct ColumnDots {
+  Vec<C> sum, squares;
+};
+
 template <class T>
 struct FloatProducts {
   using Storage = T;
@@ -40,10 +46,14 @@ struct FloatProducts {
   }
 
   // Column by column the dot products of two blocks of columns, for the queries [m, m + lanes).
-  static Vec<C> column_dots(const C* a, const C* b, int64_t depth, int64_t m) {
-    Vec<C> sum{};
-    for (int64_t d = 0; d < depth; ++d) sum += load(a + d * kBlockQueries + m) * load(b + d * kBlockQueries + m);
-    return sum;
+  static ColumnDots<C> column_dots(const C* a, const C* b, int64_t depth, int64_t m) {
+    ColumnDots<C> dots{};
+    for (int64_t d = 0; d < depth; ++d) {
+      const Vec<C> x = load(a + d * kBlockQueries + m), y = load(b + d * kBlockQueries + m);
+      dots.sum += x * y;
+      dots.squares += (x * x) * (y * y);  // not (x * y) twice: that product is to be part of a multiply-add, as in `dot`
+    }
+    return dots;
   }
 
   static const C* weights_for_keys(C* weights, int64_t, int64_t) { return weights; }
@@ -118,12 +128,14 @@ struct PairProducts {
     }
   }
 
-  static Vec<C> column_dots(const C* a, const C* b, int64_t depth, int64_t m) {
-    Vec<C> sum{};
+  static ColumnDots<C> column_dots(const C* a, const C* b, int64_t depth, int64_t m) {
+    ColumnDots<C> dots{};
     for (int64_t d = 0; d < depth / 2; ++d) {
-      sum = dot_pairs(sum, load_pairs(pairs_in(a) + d * kBlockQueries + m), load_pairs(pairs_in(b) + d * kBlockQueries + m));
+      const Pairs x = load_pairs(pairs_in(a) + d * kBlockQueries + m), y = load_pairs(pairs_in(b) + d * kBlockQueries + m);
+      dots.sum = dot_pairs(dots.sum, x, y);
+      dots.squares += square(low_of(x)) * square(low_of(y)) + square(high_of(x)) * square(high_of(y));
     }
-    return sum;
+    return dots;
   }
 
   // [key / 2][query] pairs of keys, in place.
@@ -167,6 +179,7 @@ struct PairProducts {
   }
 
  private:
+  static Vec<C> square(Vec<C> x) { return x * x; }
   static const uint32_t* pairs_in(const C* buffer) { return reinterpret_cast<const uint32_t*>(buffer); }
 };
 #endif

@@ -207,6 +207,52 @@ def test_nan_in_an_input_shows_in_the_gradients(backend: str) -> None:
         assert gradient[0, kv_head, :8].isnan().all() and not gradient[1:].isnan().any()
 
 
+def test_nan_in_a_key_that_a_mask_hides_does_not_show(backend: str) -> None:
+    """Hidden by False or by -inf is hidden, whatever the key holds. 33 queries: an odd number, none of any block."""
+    q, k, v, pk, pv, gate = tensors(Case(seq_q=33, seq_k=140))
+    hides = torch.ones(33, 140, dtype=torch.bool)
+    hides[:, 3] = hides[:, 130] = False
+    hides[5] = False
+    for mask in (hides, torch.zeros(33, 140).masked_fill(~hides, -torch.inf)):
+        results = []
+        for content in (0.0, torch.nan, torch.inf):
+            k[:, :, 3], k[:, :, 130] = content, content
+            results.append(with_gradients(backend, [q, k, v, pk, pv, gate], attn_mask=mask))
+        for result in results[1:]:  # dquery is 0 times the key
+            assert all(torch.equal(results[0][i], result[i]) for i in (0, 2, 3, 4, 5, 6))
+
+
+ONE_KEY = {
+    "window": {"key_start": torch.tensor([100, 3]), "key_end": torch.tensor([101, 4])},
+    "bool": {"attn_mask": torch.arange(200) == torch.tensor([0, 1, 63, 64, 100, 127, 128, 190, 199])[:, None]},
+}
+ONE_KEY["-inf"] = {"attn_mask": torch.where(ONE_KEY["bool"]["attn_mask"], 0.5, -torch.inf)}
+ONE_KEY["finfo.min"] = {"attn_mask": torch.where(ONE_KEY["bool"]["attn_mask"], 0.5, torch.finfo(torch.float32).min)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", ONE_KEY)
+@pytest.mark.parametrize("head_dim", [1, 64])
+def test_a_row_that_sees_one_key_has_no_gradient_of_its_scores(
+    backend: str, hidden: str, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Its softmax is 1 whatever the scores are: dkey is 0, and dquery what the prefix makes it, to the last bit."""
+    inputs = tensors(Case(heads_q=4, heads_kv=2, seq_q=9, seq_k=200, head_dim=head_dim), dtype)
+    _, dquery, dkey, dvalue, *_ = with_gradients(backend, inputs, **ONE_KEY[hidden])
+    assert (dkey == 0).all() and (dvalue != 0).any()
+    only_prefix = {"attn_mask": torch.zeros(9, 200, dtype=torch.bool)}
+    assert torch.equal(dquery, with_gradients(backend, inputs, **only_prefix)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_first_causal_row_has_no_gradient_of_its_scores(backend: str, dtype: torch.dtype) -> None:
+    q, k, v, *_ = tensors(Case(seq_q=70, seq_k=70, head_dim=64), dtype)
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    output = zero_gate_attention(*leaves, None, None, None, is_causal=True, backend=backend)
+    dquery, *_ = torch.autograd.grad(output, leaves, torch.randn_like(output))
+    assert (dquery[:, :, 0] == 0).all() and (dquery[:, :, 1:].abs().amax(dim=-1) > 0).all()
+
+
 def test_tokens_after_the_last_sequence_get_zeros(backend: str) -> None:
     leaves = [torch.randn(10, 2, 16, requires_grad=True) for _ in range(3)]
     bounds = torch.tensor([0, 3, 7])
