@@ -169,7 +169,7 @@ def leftover_of(
     notes: tuple[str, ...] = ()
     if known:
         parts = dict.fromkeys(plain.partition(".")[0] for plain in known)
-        notes += (f"kept beside the adapter, not used without its image or sound: {', '.join(parts)}",)
+        notes += (f"kept beside the adapter for load_conditioning, which needs their encoder: {', '.join(parts)}",)
     left_out = len(encoder) + len(keys.base)
     if left_out:
         notes += (f"left out: {left_out} tensors of the frozen models themselves",)

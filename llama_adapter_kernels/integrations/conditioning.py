@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llama_adapter_kernels.adapters.conditioning import ConditioningConfig, build_conditioning
 from llama_adapter_kernels.adapters.precision import KeepsFloat32
 from llama_adapter_kernels.formats.files import read_json, read_safetensors, write_whole
+from llama_adapter_kernels.formats.visual import find_conditioning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
 from llama_adapter_kernels.integrations.attach import adapters_per_sequence, attached_adapters
 from llama_adapter_kernels.media.encoders import Encoder, load_encoder
@@ -162,6 +163,9 @@ def load_conditioning(
 ) -> Conditioning:
     """The conditioning saved beside an adapter, for a model to which that adapter is attached already.
 
+    Where `path` is an official file (LLaMA-Adapter V2 multimodal, ImageBind-LLM, MU-LLaMA) from which the adapter was
+    loaded, its parts for images or sound become the conditioning; their encoder must be given.
+
     Args:
         encoder: in place of the one that the file names.
 
@@ -171,13 +175,14 @@ def load_conditioning(
         UserError: the encoder cannot be loaded.
     """
     handle, folder = _adapter(model, adapter), Path(path)
-    facts = read_json(folder / CONFIG_FILE)
-    if facts.get("format_version") != 1 or not isinstance(facts.get("conditioning"), dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: expected a conditioning saved by this package")
-    try:
-        config = ConditioningConfig(**facts["conditioning"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {str(error)[:300]}") from None
+    used: frozenset[str] = frozenset()
+    if has_conditioning(folder):
+        config, tensors = _saved(folder)
+    else:
+        brought = find_conditioning(handle.leftover, handle.base["hidden_size"], handle.config.prefix_length)
+        if brought is None:
+            raise FileNotFoundError(f"{folder}: no conditioning in it, and none came with adapter {adapter!r}")
+        config, tensors, used = brought
     if encoder is None and config.encoder:
         encoder = config.encoder
     if isinstance(encoder, str):
@@ -187,7 +192,8 @@ def load_conditioning(
             f"{folder}: the conditioning was made for an encoder of width {config.width}; {encoder.name} has "
             f"{encoder.width_of(config.view)}"
         )
-    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    if encoder is not None and not config.encoder:
+        config = replace(config, encoder=encoder.name)
     conditioning = _attach(model, handle, config, encoder)
     own = conditioning.projection.state_dict()
     theirs = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -200,7 +206,20 @@ def load_conditioning(
             f"{folder / WEIGHTS_FILE}: {first}: expected shape {_shape(own.get(first))}, got {theirs.get(first)}"
         )
     conditioning.projection.load_state_dict(tensors)
+    handle.leftover = {name: tensor for name, tensor in handle.leftover.items() if name not in used}
     return conditioning
+
+
+def _saved(folder: Path) -> tuple[ConditioningConfig, dict[str, Tensor]]:
+    """Configuration and weights of a conditioning saved by this package."""
+    facts = read_json(folder / CONFIG_FILE)
+    if facts.get("format_version") != 1 or not isinstance(facts.get("conditioning"), dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: expected a conditioning saved by this package")
+    try:
+        config = ConditioningConfig(**facts["conditioning"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {str(error)[:300]}") from None
+    return config, read_safetensors(folder / WEIGHTS_FILE)
 
 
 def has_conditioning(path: str | os.PathLike[str]) -> bool:

@@ -52,7 +52,7 @@ def test_parts_without_a_place_are_kept_or_named(tmp_path: Path) -> None:
     torch.save({"model": wild.multimodal_file()}, tmp_path / "file.pth")
     result = convert(tmp_path / "file.pth", tmp_path / "native")
     assert result.exit_code == 0, result.output
-    assert "kept beside the adapter, not used without its image or sound: " in result.output
+    assert "kept beside the adapter for load_conditioning, which needs their encoder: " in result.output
     result = convert(tmp_path / "native", tmp_path / "litgpt", "--to", "litgpt")
     assert result.exit_code == 2
     assert "error: tuning.prompts: LitGPT makes keys and values of prompts by the tuned projections" in result.output
