@@ -1,0 +1,81 @@
+"""Eight sequences with eight adapters in one batch, beside eight single runs and a batch with one adapter.
+
+    python benchmarks/many_adapters.py [--rounds 7] [--tokens 32] [--dtype float32]
+
+The model is a Llama of 4 layers, hidden size 512 and 8 heads with a prompt of 10 slots in every layer. Every contestant
+generates greedily from 8 prompts of 64 tokens; they take turns, and ratios are of medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llama_adapter_kernels as lak
+
+CONFIG = LlamaConfig(
+    hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4,
+    vocab_size=4096, attn_implementation="sdpa",
+)  # fmt: skip
+COUNT, PROMPT = 8, 64
+
+
+def contestants(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """By name, each generating `tokens` tokens for every prompt."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).to(dtype).eval()
+    names = [f"adapter{i}" for i in range(COUNT)]
+    for name in names:
+        adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=10), name)
+        for layer in adapter.layers.values():
+            torch.nn.init.constant_(layer.gate, 0.5)
+    prompts = torch.randint(3, 4096, (COUNT, PROMPT))
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def mixed() -> torch.Tensor:
+        with lak.adapters_per_sequence(model, names):
+            return model.generate(prompts, **options)
+
+    def one_adapter() -> torch.Tensor:
+        lak.set_adapter(model, names[0])
+        return model.generate(prompts, **options)
+
+    def single_runs() -> torch.Tensor:
+        rows = []
+        for name, prompt in zip(names, prompts, strict=True):
+            lak.set_adapter(model, name)
+            rows.append(model.generate(prompt[None], **options))
+        return torch.cat(rows)
+
+    return {"8 adapters, one batch": mixed, "1 adapter, one batch": one_adapter, "8 adapters, 8 runs": single_runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    runs = contestants(options.tokens, getattr(torch, options.dtype))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(options.rounds + 1):  # one to warm up
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if number:
+                times[name].append(time.perf_counter() - begin)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    mixed = middle["8 adapters, one batch"]
+    for name, value in middle.items():
+        print(
+            f"{name:24}{COUNT * options.tokens / value:9.0f} tokens/s{value / mixed:8.3f} times the mixed batch's time"
+        )
+
+
+if __name__ == "__main__":
+    main()
