@@ -61,13 +61,13 @@ int choose_architecture(const Architecture*& chosen) {
 
 // Within a major version of CUDA every driver serves (minor version compatibility). Only a card that is newer than all compiled
 // architectures needs PTX, and with it a driver as new as the toolkit.
-const char* driver_too_old() {
+const std::string& driver_needed() {
   constexpr int kMajor = CUDART_VERSION / 1000, kMinor = CUDART_VERSION % 1000 / 10;
-  static const std::string text =
-      "the NVIDIA driver is older than CUDA " + std::to_string(kMajor) + "." + std::to_string(kMinor) +
-      ", which this library was built with: expected version " + (kMajor >= 13 ? "580" : "525") +
-      " or later, and for a GPU newer than compute capability " LAK_CUDA_ARCHITECTURES " one released with that CUDA or later";
-  return text.c_str();
+  static const std::string text = std::string("NVIDIA driver ") + (kMajor >= 13 ? "580" : "525") +
+                                  " or later (built with CUDA " + std::to_string(kMajor) + "." + std::to_string(kMinor) +
+                                  "; a GPU newer than compute capability " LAK_CUDA_ARCHITECTURES
+                                  " needs the driver released with that CUDA, or later)";
+  return text;
 }
 
 // work(architecture) for a problem that kernels can run, else the code of what is wrong with it.
@@ -93,7 +93,10 @@ const char* lak_cuda_error(int code) {
     case kLakGridTooLarge: return "sizes: batch x heads x blocks of rows exceed 2^31 - 1 thread blocks";
     case kLakDeviceTooOld: return "needs a GPU of compute capability 8.0 or later";
     case kLakNoCodeForDevice: return "has no code for this GPU; compiled for compute capability " LAK_CUDA_ARCHITECTURES;
-    case kLakDriverTooOld: return driver_too_old();
+    case kLakDriverTooOld: {
+      static const std::string text = "the driver is too old for the kernels: expected " + driver_needed();
+      return text.c_str();
+    }
     case kLakOutOfMemory: return "the GPU's memory does not suffice for a context and the kernels' code";
     case kLakTooMuchSharedMemory: return "the GPU has too little shared memory for this kernel (99 KiB a block are needed)";
     case kLakNoWorkspace: return "workspace: expected memory, got none";
@@ -101,10 +104,12 @@ const char* lak_cuda_error(int code) {
   }
 }
 
-int lak_cuda_probe() {
+int lak_cuda_probe(int* can_change) {
   const Architecture* architecture = nullptr;
-  if (const int code = choose_architecture(architecture); code != kLakSuccess) return code;
-  return architecture->probe();
+  int code = choose_architecture(architecture);
+  if (code == kLakSuccess) code = architecture->probe();
+  *can_change = code == kLakOutOfMemory || code >= kLakCudaError;
+  return code;
 }
 
 int lak_cuda_forward(const ZeroGateParams* params, void* stream) {
@@ -142,6 +147,8 @@ const char* lak_cuda_kernels() {
   }();
   return table.c_str();
 }
+
+const char* lak_cuda_driver_needed() { return driver_needed().c_str(); }
 
 const char* lak_cuda_architectures() { return LAK_CUDA_ARCHITECTURES; }
 }

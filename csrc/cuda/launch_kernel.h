@@ -8,7 +8,7 @@
 
 #include <ptx/launch.h>
 
-#include "interface.h"
+#include "error_codes.h"
 
 namespace lak {
 

@@ -8,6 +8,7 @@ import ctypes
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import util
 from pathlib import Path
 
@@ -60,11 +61,26 @@ class Usage:
     stack: int  # local memory of a thread, bytes: spills and arrays
 
 
+@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    library.lak_cuda_kernels.restype = ctypes.c_char_p
-    library.lak_cuda_architectures.restype = ctypes.c_char_p
+    for function in ("lak_cuda_kernels", "lak_cuda_architectures", "lak_cuda_error", "lak_cuda_torch_problem",
+                     "lak_cuda_driver_needed"):  # fmt: skip
+        getattr(library, function).restype = ctypes.c_char_p
     return library
+
+
+def torch_problem() -> str | None:
+    """Why the library cannot ask torch for its current stream; None when it can."""
+    problem: bytes | None = _library().lak_cuda_torch_problem()
+    return None if problem is None else problem.decode()
+
+
+def probe() -> tuple[str | None, bool]:
+    """(why the kernels cannot run on the current CUDA device, None when they can; whether that may change)."""
+    can_change = ctypes.c_int(0)
+    code = _library().lak_cuda_probe(ctypes.byref(can_change))
+    return None if code == 0 else _library().lak_cuda_error(code).decode(), bool(can_change.value)
 
 
 def architectures() -> list[str]:
@@ -108,23 +124,31 @@ def usage_of(kernel: Kernel, functions: dict[str, Usage]) -> Usage:
     return found
 
 
-def report() -> list[str]:
+def summary() -> str:
+    """One line: what is built and what it needs."""
+    if not LIBRARY.exists():
+        return "CUDA library: not built (no nvcc at installation, or LAK_CUDA=0)"
+    driver = _library().lak_cuda_driver_needed().decode()
+    return f"CUDA library: {', '.join(architectures())}, and PTX for later cards; {len(kernels())} kernels; {driver}"
+
+
+def kernel_table() -> list[str]:
     """A table for people, one line per kernel."""
     if not LIBRARY.exists():
-        return ["CUDA library: not built (no nvcc at installation, or LAK_CUDA=0)"]
+        return []
     built, compiled = architectures(), usage()
-    lines = [f"CUDA library: {', '.join(built)}, and PTX for later cards"]
-    if not compiled:
-        return [*lines, "  registers are shown where Triton is installed (it brings cuobjdump)"]
-    lines.append(
+    lines = [
         f"  {'kernel':<24}{'type':<10}{'head_dim':>8}  {'tile':<8}{'threads':>7}{'KiB':>6}  registers ({', '.join(built)})"
-    )
+    ]
     for kernel in kernels():
-        found = [usage_of(kernel, compiled[architecture]) for architecture in built]
-        registers = " ".join(f"{u.registers}{'*' if u.stack else ''}" for u in found)
+        found = [usage_of(kernel, compiled[architecture]) for architecture in built if compiled]
+        registers = " ".join(f"{u.registers}{'*' if u.stack else ''}" for u in found) or "-"
         tile = f"{kernel.rows}x{kernel.keys}"
         lines.append(
             f"  {kernel.name:<24}{kernel.dtype:<10}{kernel.head_dim:>8}  {tile:<8}{kernel.threads:>7}"
             f"{kernel.shared / 1024:>6.1f}  {registers}"
         )
-    return [*lines, "  *: with local memory"]
+    return [
+        *lines,
+        "  *: with local memory" if compiled else "  -: known where Triton is installed, which brings cuobjdump",
+    ]

@@ -5,6 +5,7 @@
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,12 @@ from torch import Tensor
 _PACKAGE = Path(__file__).parent.parent
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# The arguments of `forward` in schema order; `backward` takes the same around its own.
-_TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? gate",
-    "Tensor? attn_mask, Tensor? key_start, Tensor? key_end, Tensor? prefix_index, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool is_causal",
-)
-FORWARD_SCHEMA = f"forward({_TENSORS[0]}, {_TENSORS[1]}) -> (Tensor, Tensor)"
-BACKWARD_SCHEMA = (
-    f"backward(Tensor doutput, {_TENSORS[0]}, Tensor output, Tensor logsumexp, {_TENSORS[1]}, bool need_dquery, "
-    "bool need_dkey_dvalue, bool need_dprefix, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-DECODE_SCHEMA = (
-    "decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? prefix_key, Tensor? prefix_value, Tensor? gate, "
-    "Tensor? key_start, Tensor? key_end, Tensor? prefix_index, float scale, bool is_causal) -> Tensor"
-)
+# Said once, for C++ and for Triton: CMake puts the same text into the C++ library.
+SCHEMAS = [
+    line
+    for line in (Path(__file__).parent / "schemas.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
 
 
 def _load(name: str) -> str | None:
@@ -36,11 +28,26 @@ def _load(name: str) -> str | None:
     library = _PACKAGE / name
     if not library.exists():
         return f"{name} is not built: install the package with `pip install --no-build-isolation .`"
+    if not _is_whole(library):
+        return f"{name} does not load: it is cut off or no shared library; install the package again"
     try:
         torch.ops.load_library(library)
     except OSError as error:  # built for another platform, or against something that is not here
         return f"{name} does not load: {error}"
     return None
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file has all its bytes: loading one that is cut off (a copy that was interrupted) ends the process.
+
+    Its section headers are at the end. Other formats are left to the loader.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:4] != b"\x7fELF" or len(header) < 64:
+        return len(header) == 64
+    offset, entry, count = (int.from_bytes(header[a:b], sys.byteorder) for a, b in ((40, 48), (58, 60), (60, 62)))
+    return library.stat().st_size >= offset + entry * count
 
 
 library_error = _load("libllama_adapter_kernels.so")
@@ -59,13 +66,30 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    attn_mask: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    prefix_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
     # [B, Hq, Sq, D] has statistics [B, Hq, Sq]; packed [T, Hq, D] has [Hq, T].
-    rows = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
     return torch.empty_like(query), query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
 
 
-def _backward_fake(
+def backward_fake(
     doutput: Tensor,
     query: Tensor,
     key: Tensor,
@@ -73,10 +97,23 @@ def _backward_fake(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     gate: Tensor | None,
-    *rest: Any,
+    output: Tensor,
+    logsumexp: Tensor,
+    attn_mask: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    prefix_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    is_causal: bool,
+    need_dquery: bool,
+    need_dkey_dvalue: bool,
+    need_dprefix: bool,
+    deterministic: bool,
 ) -> Gradients:
-    need_dquery, need_dkey_dvalue, need_dprefix, _ = rest[-4:]
-
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed and tensor is not None else query.new_empty(0)
 
@@ -94,7 +131,19 @@ def _backward_fake(
     )
 
 
-def _decode_fake(query: Tensor, *rest: Any) -> Tensor:
+def decode_fake(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    prefix_index: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -137,9 +186,9 @@ def register(namespace: str) -> None:
         wanted = [gradient if needed else None for gradient, needed in zip(gradients, need[:6], strict=True)]
         return (*wanted, *(None,) * 10)
 
-    torch.library.register_fake(f"{namespace}::forward", _forward_fake)
-    torch.library.register_fake(f"{namespace}::backward", _backward_fake)
-    torch.library.register_fake(f"{namespace}::decode", _decode_fake)
+    torch.library.register_fake(f"{namespace}::forward", forward_fake)
+    torch.library.register_fake(f"{namespace}::backward", backward_fake)
+    torch.library.register_fake(f"{namespace}::decode", decode_fake)
     torch.library.register_autograd(f"{namespace}::forward", backward, setup_context=_save_for_backward)
     torch.library.register_autograd(f"{namespace}::backward", _refuse_second_derivative)
     torch.library.register_autograd(f"{namespace}::decode", _refuse_gradient_of_decode)
@@ -148,7 +197,7 @@ def register(namespace: str) -> None:
 def _register_triton() -> torch.library.Library:
     """Triton kernels as ops: torch.compile treats them as opaque, and needs Triton only when one is called."""
     library = torch.library.Library("llama_adapter_kernels_triton", "DEF")
-    for schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, DECODE_SCHEMA):
+    for schema in SCHEMAS:
         library.define(schema)
 
     def implementation(name: str) -> Any:
@@ -164,12 +213,6 @@ def _register_triton() -> torch.library.Library:
             library.impl(name, implementation(name), key)
     register("llama_adapter_kernels_triton")
     return library
-
-
-def triton_unavailable_reason(device: torch.device) -> str | None:
-    from llama_adapter_kernels import triton_kernels
-
-    return triton_kernels.unavailable_reason(device)
 
 
 if library_error is None:

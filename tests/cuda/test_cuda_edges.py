@@ -129,7 +129,6 @@ def test_tail_of_packed_rows_is_zero(emulator: ModuleType, dtype: torch.dtype, p
     offsets = int32(0, 30, 33)
     problem.arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 30, "max_seqlen_k": 30}
     results = everything(emulator, problem)
-    results["output"][33:] = 0  # the op clears the output's tail
     for name in ("dquery", "dkey", "dvalue"):
         assert (results[name][33:] == 0).all(), name
         assert (results[name][:33] != 0).any(), name

@@ -103,10 +103,21 @@ PYBIND11_MODULE(cuda_emulator, m) {
     c = {};
     return result;
   });
-  m.def("set_device", [](int capability, int driver_error, int code_error) {
-    emulator::device() = {capability, static_cast<cudaError_t>(driver_error), static_cast<cudaError_t>(code_error)};
-  }, py::arg("capability") = 90, py::arg("driver_error") = 0, py::arg("code_error") = 0);
-  m.def("probe", &lak_cuda_probe);
+  m.def("set_device",
+        [](int capability, int driver_error, int code_error, int of_tensors, bool torch_works) {
+    emulator::device() = {capability, static_cast<cudaError_t>(driver_error), static_cast<cudaError_t>(code_error), of_tensors,
+                          torch_works ? nullptr : "torch has no stream"};
+  }, py::arg("capability") = 90, py::arg("driver_error") = 0, py::arg("code_error") = 0, py::arg("of_tensors") = 0,
+        py::arg("torch_works") = true);
+  m.def("last_launch", [] {  // (current device then, stream, current device now)
+    const auto& device = emulator::device();
+    return std::tuple(device.launched_on, reinterpret_cast<intptr_t>(device.launched_with), device.current);
+  });
+  m.def("probe", [] {
+    int can_change = -1;
+    const int code = lak_cuda_probe(&can_change);
+    return std::pair(code, can_change != 0);
+  });
   m.def("kernels", &lak_cuda_kernels);
   m.def("error", &lak_cuda_error);
   m.def("forward", [](const py::dict& d) {

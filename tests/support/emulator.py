@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2].resolve()
 HERE = ROOT / "tests" / "emulator"
@@ -21,8 +22,18 @@ def build(folder: Path) -> Path:
         RuntimeError: with the compiler's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # The ops on CUDA tensors are in the module, too, under a name of their own and for tensors of the CPU.
+    ops = [ROOT / "csrc/cuda/op_cuda.cpp", ROOT / "csrc/op/schema.cpp", HERE / "torch_stand_in.cpp"]
     sources = [*HERE.glob("*.cpp"), *HERE.glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cu"),
-               *(ROOT / "csrc/cuda/sm80").rglob("*.cu")]  # fmt: skip
+               *(ROOT / "csrc/cuda/sm80").rglob("*.cu"), *ops[:2]]  # fmt: skip
+    schemas = (ROOT / "llama_adapter_kernels/ops/schemas.txt").read_text()
+    text = (ROOT / "csrc/op/schemas_text.h.in").read_text().replace("@LAK_SCHEMAS@", schemas)
+    write_if_changed(folder / "generated" / "op" / "schemas_text.h", text)
+    torch_flags = (
+        " ".join(f"-isystem {path}" for path in (*include_paths(), folder / "generated"))
+        + " -DTORCH_TARGET_VERSION=0x020b000000000000ULL -DLAK_LIBRARY=llama_adapter_kernels_emulated -DLAK_DISPATCH_KEY=CPU"
+    )
+    torch_library = Path(include_paths()[0]).parent / "lib"
     includes = [HERE / "include", HERE, ROOT / "csrc/cuda", ROOT / "csrc"]
     system = [pybind11.get_include(), sysconfig.get_path("include")]
     flags = " ".join([*(f"-I{path}" for path in includes), *(f"-isystem {path}" for path in system)])
@@ -36,20 +47,26 @@ def build(folder: Path) -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = g++ -shared $in -o $out",
+        f"  command = g++ -shared $in -o $out -L{torch_library} -l:libtorch_cpu.so",
     ]
     objects = []
     for source in sorted(sources):
         objects.append(f"{source.name}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
         if source.suffix == ".cpp":
-            lines.append("  extra = -O2")
+            lines.append(f"  extra = {f'-O1 {torch_flags}' if source in ops else '-O2'}")
     lines.append(f"build {module.name}: link {' '.join(objects)}")
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     result = subprocess.run(["ninja", "-C", str(folder), "-j", "2"], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stdout + result.stderr)
     return module
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def load_emulator() -> ModuleType:

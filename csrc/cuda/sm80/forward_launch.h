@@ -2,6 +2,7 @@
 
 #include "sm80/forward.h"
 #include "sm80/launchers.h"
+#include "sm80/zero_tail.h"
 
 namespace lak::sm80 {
 
@@ -15,10 +16,17 @@ int launch_forward_kernel(const ZeroGateParams& p, cudaStream_t stream) {
 
 template <class T, int kHeadDim>
 int launch_forward(const ZeroGateParams& p, cudaStream_t stream) {
+  int code = kLakSuccess;
   if constexpr (kIsTuned<T, kHeadDim>) {
-    if (!needs_elementwise_scores(p)) return launch_forward_kernel<T, kHeadDim, false>(p, stream);
+    code = needs_elementwise_scores(p) ? launch_forward_kernel<T, kHeadDim, true>(p, stream)
+                                       : launch_forward_kernel<T, kHeadDim, false>(p, stream);
+  } else {
+    code = launch_forward_kernel<T, kHeadDim, true>(p, stream);
   }
-  return launch_forward_kernel<T, kHeadDim, true>(p, stream);
+  if (code != kLakSuccess || p.cu_seqlens_q == nullptr) return code;
+  Tails tails{};
+  tails.add(p.output, p.total_q, p.heads_q, p.cu_seqlens_q + p.batch);
+  return launch_zero_tail<T>(tails, p.head_dim, stream);
 }
 
 }  // namespace lak::sm80

@@ -141,9 +141,14 @@ enum cudaDeviceAttr {
 };
 namespace emulator {
 struct Device {
-  int capability = 90;                    // major * 10 + minor
+  int capability = 90;                     // major * 10 + minor
   cudaError_t driver_error = cudaSuccess;  // of every call: no driver, one that is too old
   cudaError_t code_error = cudaSuccess;    // of loading a kernel
+  int of_tensors = 0;                      // what the ops find as the number of their tensors' device
+  const char* torch_problem = nullptr;     // why torch gives no stream
+  int current = 0;
+  int launched_on = -1;  // the current device and the stream of the last launch
+  cudaStream_t launched_with = nullptr;
 };
 Device& device();
 }  // namespace emulator
@@ -151,7 +156,7 @@ struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
   int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion;
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, emulator::device().driver_error; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::device().current, emulator::device().driver_error; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 template <class Kernel>

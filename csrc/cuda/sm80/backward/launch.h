@@ -7,6 +7,7 @@
 #include "sm80/backward/rows.h"
 #include "sm80/backward/sums.h"
 #include "sm80/launchers.h"
+#include "sm80/zero_tail.h"
 
 namespace lak::sm80 {
 
@@ -70,14 +71,11 @@ int launch_backward(const ZeroGateParams& p, cudaStream_t stream) {
   }
 
   if (p.cu_seqlens_q == nullptr) return kLakSuccess;
-  const auto zero_tail = [&](const TensorView& tensor, int64_t tokens, int64_t heads, const int32_t* cu_seqlens) {
-    if (code != kLakSuccess || tensor.data == nullptr) return;
-    code = launch<zero_tail_kernel<T>>(tokens, 32, stream, tensor, heads, p.head_dim, cu_seqlens + p.batch);
-  };
-  zero_tail(p.dquery, p.total_q, p.heads_q, p.cu_seqlens_q);
-  zero_tail(p.dkey, p.total_k, p.heads_kv, p.cu_seqlens_k);
-  zero_tail(p.dvalue, p.total_k, p.heads_kv, p.cu_seqlens_k);
-  return code;
+  Tails tails{};
+  tails.add(p.dquery, p.total_q, p.heads_q, p.cu_seqlens_q + p.batch);
+  tails.add(p.dkey, p.total_k, p.heads_kv, p.cu_seqlens_k + p.batch);
+  tails.add(p.dvalue, p.total_k, p.heads_kv, p.cu_seqlens_k + p.batch);
+  return launch_zero_tail<T>(tails, p.head_dim, stream);
 }
 
 }  // namespace lak::sm80

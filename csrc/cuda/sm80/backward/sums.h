@@ -62,15 +62,4 @@ __global__ void __launch_bounds__(kSumThreads) convert_dquery_kernel(const __gri
   store_pair(head_pointer<T>(p.dquery, b, head, row) + column, sum.x * scale, sum.y * scale);
 }
 
-// Packed tokens after the last sequence have a gradient of zero. A block a token of a tensor.
-template <class T>
-__global__ void __launch_bounds__(32)
-    zero_tail_kernel(TensorView tensor, int64_t heads, int64_t head_dim, const int32_t* last) {
-  const int64_t row = blockIdx.x;
-  if (row < ptx::load_global(last)) return;
-  for (int64_t index = threadIdx.x; index < heads * head_dim / 2; index += 32) {
-    store_pair(head_pointer<T>(tensor, 0, index * 2 / head_dim, row) + index * 2 % head_dim, 0.0f, 0.0f);
-  }
-}
-
 }  // namespace lak::sm80
