@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test sanitize bench bench-check lint format docs wheel clean
+.PHONY: help install demo test test-cuda-torch sanitize bench bench-check lint format docs wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
 	@echo "make demo      fine-tune an adapter on a small model, answers before and after (minutes, no download of models)"
 	@echo "make test      every test that can run on this machine"
+	@echo "make test-cuda-torch  what a real CUDA build of torch shows without a GPU (an environment of 5.5 GB)"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
@@ -78,6 +79,14 @@ sanitize: install
 	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(abspath build/sanitize/site) \
 	    $(BIN)/pytest -n 2 tests/cpu/test_attention_cpu.py tests/ops/test_properties.py tests/ops/test_bad_input.py \
 	    tests/ops/test_invariants.py
+
+# What a process with a real CUDA build of torch shows without a card: bindings, loading, tracing, Triton's compiler, `info`. In an
+# environment of its own (5.5 GB in build/cuda-torch; make clean removes it), with the libraries that `install` built.
+CUDA_TORCH_VENV ?= build/cuda-torch
+test-cuda-torch: install
+	test -x $(CUDA_TORCH_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_TORCH_VENV)
+	$(CUDA_TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 numpy pytest typer rich
+	$(CUDA_TORCH_VENV)/bin/python -m pytest -q --noconftest tests/cuda_torch tests/ops/test_backends.py tests/ops/test_bad_input.py
 
 # The main cases and contestants; `llama-adapter bench` runs all, in half an hour or so. The report is written even where a
 # contestant was wrong; the exit status tells.

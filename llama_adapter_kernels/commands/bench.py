@@ -11,6 +11,8 @@ from llama_adapter_kernels.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from llama_adapter_kernels.bench.results import Results
+
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Only this case; may be repeated.")]
 Peers = Annotated[
     list[str] | None,
@@ -36,6 +38,10 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(help="Share so many minutes among the races, start none after them.", min=0.1)
     ] = None,
+    record_order: Annotated[
+        bool,
+        typer.Option("--record-order", help="On a GPU: let these races choose between cuda and triton from now on."),
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="List cases and contestants, run nothing.")] = False,
 ) -> None:
     """Time attention with an adapter against what one would write without this package.
@@ -53,6 +59,8 @@ def bench(
     if show:
         _list(place)
         return
+    if record_order and place.type != "cuda":
+        raise UserError("--record-order: expected --device cuda, a CPU has one backend")
     plans = planned(place, case, peer, dtype, quick)
     path = _result_path(output, place, quick)
     if path is not None and path.exists() and not resume:
@@ -84,6 +92,24 @@ def bench(
         typer.echo(f"written: {path}")
     if any(entry.status == "wrong" for entry in found.measurements):
         raise typer.Exit(1)
+    if record_order:
+        _record_order(found)
+
+
+def _record_order(found: "Results") -> None:
+    from llama_adapter_kernels.bench import order_record
+    from llama_adapter_kernels.ops import order
+
+    try:
+        entries = order_record.record(found, order.RECORD)
+    except (order.OrderError, OSError) as error:
+        raise UserError(f"--record-order: {error}") from error
+    for entry in entries:
+        typer.echo(
+            f"order recorded: {entry.capability} {entry.pass_name} {entry.dtype} head_dim {entry.head_dim}: {entry.faster} "
+            f"({entry.ratio:.2f} times the other's speed, {entry.races} races)"
+        )
+    typer.echo(f"written: {order.RECORD}")
 
 
 def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Path | None:

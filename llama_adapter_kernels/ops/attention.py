@@ -1,12 +1,13 @@
 """The public operation: zero-init attention over padded batches, packed sequences and key/value caches."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.ops import checks, reference, registration
+from llama_adapter_kernels.ops import checks, reference, registration, transforms
 from llama_adapter_kernels.ops.backends import choose
+from llama_adapter_kernels.ops.order import Pass
 
 
 def zero_gate_attention(
@@ -64,6 +65,7 @@ def zero_gate_attention(
         prefix_key=prefix_key, prefix_value=prefix_value, gate=gate, attn_mask=attn_mask, key_start=key_start,
         key_end=key_end, prefix_index=prefix_index,
     )  # fmt: skip
+    checks.check_flag("is_causal", is_causal)
     query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
     checks.check_attention(query, key, value, rank=4)
     batch = query.shape[0]
@@ -72,9 +74,9 @@ def zero_gate_attention(
     for name, lengths in (("key_start", key_start), ("key_end", key_end)):
         if lengths is not None:
             checks.check_integers(name, lengths, batch, query)
-    scale = _default_scale(query) if scale is None else scale
+    scale = checks.scale_of(scale, query.shape[-1])
     gate = _gate_per_prefix_and_head(gate, prefix_key, query)
-    chosen = choose(backend, query)
+    chosen = choose(backend, query, _pass(query, key, value, prefix_key, prefix_value, gate))
     if chosen == "reference":
         return reference.forward(
             query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal, scale=scale, attn_mask=attn_mask,
@@ -83,11 +85,11 @@ def zero_gate_attention(
     checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    output, _ = _op(chosen).forward(
-        query, key, value, prefix_key, prefix_value, gate, attn_mask, _int32(key_start), _int32(key_end),
-        _int32(prefix_index), None, None, 0, 0, scale, is_causal,
+    return _forward(
+        chosen, query, key, value, prefix_key, prefix_value, gate, attn_mask,
+        _int32("key_start", key_start, 0, key.shape[2]), _int32("key_end", key_end, 0, key.shape[2]),
+        _index(prefix_index, prefix_key), None, None, 0, 0, scale, is_causal,
     )  # fmt: skip
-    return output
 
 
 def zero_gate_attention_varlen(
@@ -128,6 +130,7 @@ def zero_gate_attention_varlen(
     checks.check_optional_tensors(
         prefix_key=prefix_key, prefix_value=prefix_value, gate=gate, prefix_index=prefix_index
     )  # fmt: skip
+    checks.check_flag("is_causal", is_causal)
     query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
     checks.check_attention(query, key, value, rank=3)
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
@@ -135,13 +138,12 @@ def zero_gate_attention_varlen(
     batch = cu_seqlens_q.shape[0] - 1
     checks.check_integers("cu_seqlens_q", cu_seqlens_q, batch + 1, query)
     checks.check_integers("cu_seqlens_k", cu_seqlens_k, batch + 1, query)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest < 0:
-            raise ValueError(f"{name}: expected >= 0, got {longest}")
+    max_seqlen_q = checks.count_of("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.count_of("max_seqlen_k", max_seqlen_k)
     checks.check_prefix(query, key, prefix_key, prefix_value, gate, prefix_index, batch)
-    scale = _default_scale(query) if scale is None else scale
+    scale = checks.scale_of(scale, query.shape[-1])
     gate = _gate_per_prefix_and_head(gate, prefix_key, query)
-    chosen = choose(backend, query)
+    chosen = choose(backend, query, _pass(query, key, value, prefix_key, prefix_value, gate))
     if chosen == "reference":
         return reference.forward_varlen(
             query, key, value, prefix_key, prefix_value, gate, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
@@ -149,11 +151,12 @@ def zero_gate_attention_varlen(
             prefix_index=prefix_index,
         )[0]  # fmt: skip
     checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
-    output, _ = _op(chosen).forward(
-        query, key, value, prefix_key, prefix_value, gate, None, None, None, _int32(prefix_index), _int32(cu_seqlens_q),
-        _int32(cu_seqlens_k), max_seqlen_q, max_seqlen_k, scale, is_causal,
+    return _forward(
+        chosen, query, key, value, prefix_key, prefix_value, gate, None, None, None, _index(prefix_index, prefix_key),
+        _offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0], "max_seqlen_q", max_seqlen_q),
+        _offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0], "max_seqlen_k", max_seqlen_k),
+        max_seqlen_q, max_seqlen_k, scale, is_causal,
     )  # fmt: skip
-    return output
 
 
 def zero_gate_decode(
@@ -211,37 +214,64 @@ def zero_gate_decode(
             checks.check_integers(name, lengths, batch, query)
     # Here and not in the op, which knows them as key_end.
     checks.check_range("cache_lengths", cache_lengths, 0, key_cache.shape[2])
-    scale = _default_scale(query) if scale is None else scale
+    scale = checks.scale_of(scale, query.shape[-1])
     gate = _gate_per_prefix_and_head(gate, prefix_key, query)
-    chosen = choose(backend, query)
+    chosen = choose(backend, query, "decode")
     if chosen == "reference":
         return reference.forward(
             query, key_cache, value_cache, prefix_key, prefix_value, gate, is_causal=True, scale=scale,
             key_start=key_start, key_end=cache_lengths, prefix_index=prefix_index,
         )[0]  # fmt: skip
     checks.check_no_tangent(query, key_cache, value_cache, prefix_key, prefix_value, gate)
-    output: Tensor = _op(chosen).decode(
-        query, key_cache, value_cache, prefix_key, prefix_value, gate, _int32(key_start), _int32(cache_lengths),
-        _int32(prefix_index), scale, True,
+    longest = key_cache.shape[2]
+    arguments = (
+        query, key_cache, value_cache, prefix_key, prefix_value, gate, _int32("key_start", key_start, 0, longest),
+        _int32("cache_lengths", cache_lengths, 0, longest), _index(prefix_index, prefix_key), scale, True,
     )  # fmt: skip
+    if transforms.active():
+        return transforms.decode(_op(chosen), *arguments)
+    output: Tensor = _op(chosen).decode(*arguments)
     return output
+
+
+def _forward(backend: str, *arguments: Any) -> Tensor:
+    """The output of the op `forward`, differentiable also by torch.func."""
+    if transforms.active():
+        return transforms.forward(_op(backend), *arguments)[0]
+    output: Tensor = _op(backend).forward(*arguments)[0]
+    return output
+
+
+def _pass(*tensors: Tensor | None) -> Pass:
+    """Whether a backward pass will follow, as far as one can see now."""
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return "backward" if training else "forward"
 
 
 def _op(backend: str) -> "torch._ops._OpNamespace":
     return torch.ops.llama_adapter_kernels_triton if backend == "triton" else torch.ops.llama_adapter_kernels
 
 
-def _default_scale(query: Tensor) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] > 0 else 1.0
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
+def _int32(name: str, tensor: Tensor | None, low: int, high: int) -> Tensor | None:
+    """Lengths or indices as the ops take them, which check int32 values themselves where those are free to read."""
     if tensor is None:
         return None
-    if tensor.dtype == torch.int64:  # saturates: 2**32 + 3 must stay out of range, not become 3
+    if tensor.dtype == torch.int64:
+        checks.check_range(name, tensor, low, high)  # before a value beyond int32 becomes another
         limits = torch.iinfo(torch.int32)
-        tensor = tensor.clamp(limits.min, limits.max)
+        tensor = tensor.clamp(limits.min, limits.max)  # saturates: 2**32 + 3 stays out of range on a GPU, too
     return tensor.to(torch.int32).contiguous()
+
+
+def _index(prefix_index: Tensor | None, prefix_key: Tensor | None) -> Tensor | None:
+    return _int32("prefix_index", prefix_index, -1, 0 if prefix_key is None else prefix_key.shape[0] - 1)
+
+
+def _offsets(name: str, cu_seqlens: Tensor, total: int, longest_name: str, longest: int) -> Tensor:
+    if cu_seqlens.dtype == torch.int64:
+        checks.check_cu_seqlens(cu_seqlens, name, total, longest, longest_name)
+    limits = torch.iinfo(torch.int32)
+    return cu_seqlens.clamp(limits.min, limits.max).to(torch.int32).contiguous()
 
 
 def _gate_per_prefix_and_head(gate: Tensor | None, prefix_key: Tensor | None, query: Tensor) -> Tensor | None:

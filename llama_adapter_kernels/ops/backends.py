@@ -1,35 +1,37 @@
 """Which backend runs a call, and why another one does not."""
 
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.ops import registration
+from llama_adapter_kernels.ops import availability, order
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
-# Set by use_backend. A plain global, as in torch.nn.attention: torch.compile guards on it.
-_forced: tuple[str, ...] = ()
+# What use_backend has forced. Every thread keeps the choices it is inside of; a thread without any, such as autograd's that
+# recomputes a checkpointed layer, takes the latest of all threads. Both are plain attributes, which torch.compile guards on.
+_lock = threading.Lock()
+_everywhere: tuple[tuple[str, ...], ...] = ()
+_thread = threading.local()
+
+# Problems (dtype, device, head_dim) whose fall to the reference was told.
+_warned: set[tuple[Any, ...]] = set()
 
 
 def unavailable_reason(backend: str, device: torch.device | str) -> str | None:
-    """Why `backend` cannot run tensors on `device`; None when it can."""
-    device = torch.device(device)
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        if device.type != "cpu":
-            return f"runs on cpu, not on {device.type}"
-        return registration.library_error
-    if backend == "cuda":
-        if device.type != "cuda":
-            return f"runs on cuda, not on {device.type}"
-        return registration.cuda_library_error
-    if backend == "triton":
-        return registration.triton_unavailable_reason(device)
-    raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    """Why `backend` cannot run tensors on `device`; None when it can. Never raises for a device that does not work.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return None if backend == "reference" else availability.unavailable_reason(backend, torch.device(device))
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -42,44 +44,70 @@ def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
     """Within the context every call uses `backend` (or the first of several that can run it), like
     `torch.nn.attention.sdpa_kernel`. An explicit `backend=` argument of a call wins.
 
+    It holds for the thread that enters it and for threads that are in no such context of their own. Contexts may overlap
+    in any order, in one thread or in several: leaving one ends that one.
+
     Raises:
         ValueError: an unknown backend, or none.
     """
-    global _forced
-    chosen = (backend,) if isinstance(backend, str) else tuple(backend)
+    chosen = [backend] if isinstance(backend, str) else list(backend)
     if not chosen:
         raise ValueError(f"backend: expected at least one of {', '.join(BACKENDS)}, got none")
     for name in chosen:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    previous, _forced = _forced, chosen
+    global _everywhere
+    entry = tuple(chosen)  # a new object: its identity tells it from an equal one
+    if not hasattr(_thread, "choices"):
+        _thread.choices = []
+    here = _thread.choices
+    with _lock:
+        here.append(entry)
+        _everywhere = (*_everywhere, entry)
     try:
         yield
     finally:
-        _forced = previous
+        with _lock:
+            here[:] = [other for other in here if other is not entry]
+            _everywhere = tuple(other for other in _everywhere if other is not entry)
 
 
-def choose(backend: str | None, query: Tensor) -> str:
-    """The backend for one call. Reference is used only when asked for: it is many times slower.
+def forced() -> tuple[str, ...]:
+    """What `use_backend` has chosen for this thread; () when nothing."""
+    own: list[tuple[str, ...]] = getattr(_thread, "choices", [])
+    if own:
+        return own[-1]
+    return _everywhere[-1] if _everywhere else ()
+
+
+def choose(backend: str | None, query: Tensor, pass_name: order.Pass = "forward") -> str:
+    """The backend for one call: the one that is asked for, else the first of the device's order (`order`) that fits.
+
+    Where nobody asked and no kernel fits (float64 on a GPU, say), the reference does, with one warning that says why.
 
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: no backend fits; the message says for each one why.
+        RuntimeError: none that was asked for fits; the message says for each one why.
     """
-    if backend is not None:
-        candidates: tuple[str, ...] = (backend,)
-    else:
-        candidates = _forced or ("cpu", "cuda", "triton")
+    asked = (backend,) if backend is not None else forced()
     reasons = []
-    for name in candidates:
+    for name in asked or order.candidates(query.device, pass_name, query.dtype, query.shape[-1]):
         reason = unavailable_reason(name, query.device) or unsupported_reason(name, query)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    hint = "" if "reference" in candidates else '; backend="reference" runs anywhere, slowly'
-    raise RuntimeError(
-        f"no backend fits query {list(query.shape)} {query.dtype} on {query.device}: " + "; ".join(reasons) + hint
-    )
+    what = f"no backend fits query {list(query.shape)} {query.dtype} on {query.device}: " + "; ".join(reasons)
+    if not asked:
+        _warn_once((query.dtype, query.device, query.shape[-1]), what)
+        return "reference"
+    raise RuntimeError(what + ("" if "reference" in asked else '; backend="reference" runs anywhere, slowly'))
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(problem: tuple[Any, ...], text: str) -> None:
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f'{text}; backend="reference" runs instead, many times slower', RuntimeWarning, stacklevel=4)
 
 
 def unsupported_reason(backend: str, query: Tensor) -> str | None:

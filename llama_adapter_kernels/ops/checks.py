@@ -5,8 +5,11 @@ where reading them costs nothing: on the CPU. On a GPU reading them would stall 
 instead, and a prefix_index out of range gives NaN.
 """
 
+import math
+import numbers
+import operator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -16,14 +19,70 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(**tensors: Any) -> None:
-    """A number or a list in place of a tensor is named, before it fails somewhere inside."""
+    """A number or a list in place of a tensor is named, before it fails somewhere inside; so are tensors without strides."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+            raise ValueError(f"{name}: expected a dense tensor (torch.strided), got {kind}")
 
 
 def check_optional_tensors(**tensors: Any) -> None:
     check_tensors(**{name: value for name, value in tensors.items() if value is not None})
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {_described(value)}")
+
+
+def count_of(name: str, value: Any) -> int:
+    """A number of tokens as an int (a symbolic one while compiling).
+
+    Raises:
+        ValueError: not an integer from 0 to 2^63 - 1.
+    """
+    if isinstance(value, torch.SymInt):
+        return cast(int, value)
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}: expected an integer >= 0, got {_described(value)}") from None
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{name}: expected an integer >= 0, got {_described(value)}")
+    return number
+
+
+def scale_of(value: Any, head_dim: int) -> float:
+    """The factor of the scores: 1 / sqrt(head_dim) for None. It takes no gradient, so a tensor may not ask for one.
+
+    Raises:
+        ValueError: neither None nor a finite number.
+    """
+    if value is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim > 0 else 1.0
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise ValueError(f"scale: expected a number, got {_described(value)}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "scale: expected a number, got a tensor that requires a gradient; scale has none (multiply query instead)"
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"scale: expected a number, got {_described(value)}")
+    if value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"scale: expected a finite number, got {value}")
+    return cast(float, value)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and values_are_free_to_read(value):
+            return f"a tensor of {value.item()}"
+        return f"a tensor of shape {list(value.shape)} and dtype {value.dtype}"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
 
 
 def check_attention(
@@ -95,8 +154,8 @@ def check_prefix(
         if count == 0:
             raise ValueError("prefix_key: expected at least one entry to choose from, got a first dimension of 0")
     heads_q = query.shape[1]
-    if not gate.dtype.is_floating_point:
-        raise ValueError(f"gate: expected a floating dtype, got {gate.dtype}")
+    if gate.dtype not in FLOATING:
+        raise ValueError(f"gate: expected float32, bfloat16, float16 or float64, got {gate.dtype}")
     if gate.device != query.device:
         raise ValueError(f"gate: expected the device {query.device} of query, got {gate.device}")
     if tuple(gate.shape) not in ((), (1,), (heads_q,), (count, heads_q)):
@@ -112,7 +171,7 @@ def check_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         return
     expected = [*query.shape[:3], key.shape[2]]
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
-        raise ValueError(f"attn_mask: expected bool or a floating dtype, got {attn_mask.dtype}")
+        raise ValueError(f"attn_mask: expected bool, float32, bfloat16, float16 or float64, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask: expected the device {query.device} of query, got {attn_mask.device}")
     if attn_mask.requires_grad and torch.is_grad_enabled():
@@ -136,14 +195,23 @@ def check_no_tangent(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no forward-mode context: nothing to unpack
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            'zero-gate attention has no forward-mode derivative (jvp); use backend="reference" for one, or backward()'
-        )
+        refuse_forward_mode()
+
+
+def refuse_forward_mode() -> NoReturn:
+    raise RuntimeError(
+        'zero-gate attention has no forward-mode derivative (jvp); use backend="reference" for one, or backward()'
+    )
 
 
 def values_are_free_to_read(tensor: Tensor) -> bool:
-    """On the CPU and real: neither traced by the compiler nor a fake tensor or another subclass without values."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """On the CPU and real: neither traced by the compiler nor batched by vmap nor a subclass without values."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def check_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:

@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.commands.finetune import _losses
-from llama_adapter_kernels.ops import backends
 
 
 def test_help_names_every_command() -> None:
@@ -60,19 +58,6 @@ def test_every_public_name_is_there() -> None:
     assert lak.zero_gate_attention is lak.zero_gate_attention
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         lak.nonsense  # noqa: B018
-
-
-def test_info() -> None:
-    result = CliRunner().invoke(app, ["info"])
-    assert result.exit_code == 0
-    assert f"llama-adapter-kernels {lak.__version__}, torch {torch.__version__}" in result.stdout
-    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith("  ")]
-    said = {name: text for name, text in lines if name in backends.BACKENDS}
-    assert said.keys() == set(backends.BACKENDS)
-    if not torch.cuda.is_available():
-        for backend, text in said.items():
-            reason = backends.unavailable_reason(backend, "cpu")
-            assert text == ("available" if reason is None else f"not available: {reason}")
 
 
 def test_a_missing_package_is_named_with_its_remedy(

@@ -97,7 +97,7 @@ def _decode(
         and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         and not torch.is_autocast_enabled(query.device.type)
     ):
-        op = _decode_op(backends._forced, query.device, query.dtype, query.shape[3])
+        op = _decode_op(backends.forced(), query.device, query.dtype, query.shape[3])
         if op is not None:
             with torch._C._AutoDispatchBelowAutograd():  # gradients are off: spares the op's autograd part, in Python
                 output: Tensor = op(query, key, value, *_operands(prefix), start, end, index, scaling, True)
@@ -110,7 +110,7 @@ def _decode(
 @lru_cache(maxsize=64)
 def _decode_op(forced: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
     """The decode op of the backend that runs such tensors; None for the reference, which is no op."""
-    chosen = backends.choose(None, torch.empty(0, head_dim, device=device, dtype=dtype))
+    chosen = backends.choose(None, torch.empty(0, head_dim, device=device, dtype=dtype), "decode")
     if chosen == "reference":
         return None
     namespace = torch.ops.llama_adapter_kernels_triton if chosen == "triton" else torch.ops.llama_adapter_kernels
