@@ -1,4 +1,4 @@
-// The 16-bit element types as plain bits: kernels widen and narrow through ptx/convert.h.
+// The 16-bit element types of every backend, as plain bits: what widens and narrows them is the backend's own.
 #pragma once
 
 #include <cstdint>

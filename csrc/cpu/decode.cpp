@@ -12,7 +12,7 @@
 // sequence's own keys and on the number of rows: results are the same for every number of threads, and beside any other
 // sequence.
 #include "kernel_table.h"
-#include "scores.h"
+#include "tiles.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "../zero_gate_params.h"
 #include "cpu_kernels.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace lak::cpu::LAK_ISA {
 
@@ -56,31 +56,6 @@ LAK_INLINE C* row_statistic(const RowView& v, int64_t b, int64_t h, int64_t row)
 template <class C>
 LAK_INLINE C gate_of(const ZeroGateParams& p, int64_t prefix, int64_t h) {
   return static_cast<const C*>(p.gate)[prefix * p.gate_stride_prefix + h * p.gate_stride_head];
-}
-
-// Calls f(read), where read(offset) is what an element of the mask adds to a scaled score: 0 or -inf for a bool mask.
-template <class C, class F>
-void with_mask_reader(const MaskView& mask, const F& f) {
-  const auto widened = [&](auto type) {
-    return
-        [data = static_cast<const decltype(type)*>(mask.data)](int64_t offset) { return static_cast<C>(widen(data[offset])); };
-  };
-  switch (mask.type) {
-    case MaskType::kBool: {
-      const auto* data = static_cast<const uint8_t*>(mask.data);
-      constexpr C minus_infinity = -__builtin_huge_val();
-      return f([data](int64_t offset) {  // by bits: a choice between floats is not vectorised
-        using Bits = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
-        const Bits bits = -static_cast<Bits>(data[offset] == 0) & __builtin_bit_cast(Bits, minus_infinity);
-        return __builtin_bit_cast(C, bits);
-      });
-    }
-    case MaskType::kFloat32: return f(widened(float{}));
-    case MaskType::kBFloat16: return f(widened(BFloat16{}));
-    case MaskType::kFloat16: return f(widened(Float16{}));
-    case MaskType::kFloat64: return f(widened(double{}));
-    case MaskType::kNone: return;
-  }
 }
 
 // Tasks are taken one by one from a shared counter, so that threads finish together however uneven causal blocks are.

@@ -7,7 +7,6 @@ namespace lak::cpu::LAK_ISA {
 
 inline constexpr int64_t kBlockQueries = 64;
 inline constexpr int64_t kBlockKeys = 64;
-inline constexpr double kLog2E = 1.4426950408889634;
 
 // Key t of a block is hidden from queries m < hidden + t. Below -kBlockKeys nothing is hidden.
 inline constexpr int64_t kNothingHidden = -(int64_t{1} << 40);
@@ -38,6 +37,31 @@ LAK_INLINE auto sees(int64_t m, int64_t t, int64_t hidden) {
   Vec<C> lane;
   for (int i = 0; i < kLanes<C>; ++i) lane[i] = static_cast<C>(i);
   return lane >= broadcast(static_cast<C>(hidden + t - m));
+}
+
+// Calls f(read), where read(offset) is what an element of the mask adds to a scaled score: 0 or -inf for a bool mask.
+template <class C, class F>
+void with_mask_reader(const MaskView& mask, const F& f) {
+  const auto widened = [&](auto type) {
+    return
+        [data = static_cast<const decltype(type)*>(mask.data)](int64_t offset) { return static_cast<C>(widen(data[offset])); };
+  };
+  switch (mask.type) {
+    case MaskType::kBool: {
+      const auto* data = static_cast<const uint8_t*>(mask.data);
+      constexpr C minus_infinity = -__builtin_huge_val();
+      return f([data](int64_t offset) {  // by bits: a choice between floats is not vectorised
+        using Bits = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+        const Bits bits = -static_cast<Bits>(data[offset] == 0) & __builtin_bit_cast(Bits, minus_infinity);
+        return __builtin_bit_cast(C, bits);
+      });
+    }
+    case MaskType::kFloat32: return f(widened(float{}));
+    case MaskType::kBFloat16: return f(widened(BFloat16{}));
+    case MaskType::kFloat16: return f(widened(Float16{}));
+    case MaskType::kFloat64: return f(widened(double{}));
+    case MaskType::kNone: return;
+  }
 }
 
 // scores[t][m] += mask, for `rows` queries from q0 and n keys from k0: squares of the mask are transposed in registers. Where the
@@ -73,17 +97,6 @@ void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t
       }
     }
   });
-}
-
-template <class F>
-auto with_storage_type(DataType dtype, const F& f) {
-  switch (dtype) {
-    case DataType::kBFloat16: return f(BFloat16{});
-    case DataType::kFloat16: return f(Float16{});
-    case DataType::kFloat64: return f(double{});
-    case DataType::kFloat32: break;
-  }
-  return f(float{});
 }
 
 }  // namespace lak::cpu::LAK_ISA
