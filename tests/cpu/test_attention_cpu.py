@@ -99,6 +99,23 @@ def test_decode(case: Case, dtype: torch.dtype, isa: str) -> None:
     assert not bad, "\n".join(bad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dominant", [5, 700, 1290])
+def test_decode_with_a_dominant_key_in_any_range(dominant: int, dtype: torch.dtype, isa: str) -> None:
+    """Ranges of 512 keys: the maximum of a row may be in any of them, far above the others'."""
+    problem = make_problem(Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=1300, head_dim=64), dtype)
+    q, k, v, *prefix = (tensor.detach() for tensor in problem.tensors.values())
+    for head, factor in ((0, 15.0), (1, -15.0)):  # of the two rows one has it far above, the other far below
+        k[0, 0, dominant] += factor * q[0, head, 0]
+    scores = (q.double() @ k.double().mT)[0] / 8
+    assert scores[0].max() == scores[0, 0, dominant] and scores[0].max() > scores[0].median() + 60
+    decoded = zero_gate_decode(q, k, v, None, *prefix, backend="cpu")
+    exact = zero_gate_decode(*(t.double() for t in (q, k, v)), None, *(t.double() for t in prefix), backend="reference")
+    torch.testing.assert_close(
+        decoded.double(), exact, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps
+    )
+
+
 def test_every_row_is_written(isa: str) -> None:
     """Buffers that torch fills with NaN before use: what a kernel does not write would show."""
     torch.use_deterministic_algorithms(True)
