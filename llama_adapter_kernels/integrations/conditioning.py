@@ -181,7 +181,9 @@ def load_conditioning(
     else:
         brought = find_conditioning(handle.leftover, handle.base["hidden_size"], handle.config.prefix_length)
         if brought is None:
-            raise FileNotFoundError(f"{folder}: no conditioning in it, and none came with adapter {adapter!r}")
+            raise FileNotFoundError(
+                f"{folder / CONFIG_FILE}: no such file, and no parts for images or sound came with adapter {adapter!r}"
+            )
         config, tensors, used = brought
     if encoder is None and config.encoder:
         encoder = config.encoder
