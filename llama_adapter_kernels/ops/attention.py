@@ -34,16 +34,17 @@ def zero_gate_attention(
         key, value: [B, Hkv, Sk, D]; Hkv divides Hq (grouped queries: query head h uses key head h // (Hq / Hkv)).
         prefix_key, prefix_value: [A, Hkv, P, D], not rotated. A = 1: shared by the batch; A = B: one per sequence;
             any A with `prefix_index`. P = 0, or None for all three of prefix_key, prefix_value and gate: plain attention.
-        gate: scalar, [Hq] or [A, Hq], any floating dtype; multiplies as it is (apply tanh before).
+        gate: scalar, [Hq] or [A, Hq], float32, bfloat16, float16 or float64; multiplies as it is (apply tanh before).
         is_causal: bottom-right aligned: query i sees keys j <= i + (Sk - Sq), or + (key_end[b] - Sq) with `key_end`.
-        scale: multiplies both score matrices; default 1 / sqrt(D).
+        scale: multiplies both score matrices, a number without gradient; default 1 / sqrt(D).
         attn_mask: bool (True = attend) or floating (added to the scaled scores), broadcastable to [B, Hq, Sq, Sk],
             without gradient. Masks words, never the prefix; may take a slower path than key_start and key_end. Hide
             keys by False or -inf: where every key of a row has a huge finite number (finfo.min) the row is a mean of
             all values, and its gradient too large (the saved log-sum-exp has no digits left for their count).
         key_start, key_end: [B] int32 or int64, the window [key_start, key_end) of valid keys of each sequence.
         prefix_index: [B] int32 or int64, the entry of the prefix table (0..A-1) each sequence uses; -1: no prefix.
-        backend: "cpu", "cuda", "triton" or "reference"; default: the fastest that fits, or `use_backend`'s.
+        backend: "cpu", "cuda", "triton" or "reference"; default: `use_backend`'s, or the first that fits in the order for
+            this device (`ops/order.py`); the reference, with a warning, where none does.
 
     Returns:
         [B, Hq, Sq, D] in query's dtype and memory layout. A row that sees no key is `gate * O_prefix`, never NaN.
