@@ -2,8 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from llama_adapter_kernels.training.checkpoints import (
     what_is_broken,
     write_manifest,
 )
-from llama_adapter_kernels.training.packing import StepDataset, live_positions
+from llama_adapter_kernels.training.loss import response_loss
+from llama_adapter_kernels.training.packing import StepDataset
 
 log = logging.getLogger(__name__)
 
@@ -51,26 +51,6 @@ def save_adapter(adapter: Any, folder: Path) -> None:
         raise UserError(f"{folder}: the adapter could not be saved: {_first_line(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def response_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
-    """(sum of the cross-entropies of all response tokens in float32, their number) of a packed batch.
-
-    The vocabulary is projected for these positions alone. A batch without any gives 0, with gradients of 0.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "media")}
-    positions, targets = live_positions(batch["labels"])
-    with _seeing(model, batch.get("media")):
-        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
-    return nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum"), len(targets)
-
-
-def _seeing(model: nn.Module, media: Sequence[Path | None] | None) -> AbstractContextManager[None]:
-    """The model sees the pictures, or hears the sounds, of a packed batch, one for each sequence."""
-    if media is None:
-        return nullcontext()
-    seeing: AbstractContextManager[None] = getattr(unwrap_model(model), CONDITIONING).seeing(media)
-    return seeing
 
 
 class AdapterTrainer(Trainer):

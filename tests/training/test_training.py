@@ -17,11 +17,11 @@ import torch
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.training import finetune as fine_tuning
-from llama_adapter_kernels.training import trainer
 from llama_adapter_kernels.training.callbacks import read_csv_log
 from llama_adapter_kernels.training.checkpoints import STAGING, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import read_rows, tokenize
 from llama_adapter_kernels.training.finetune import Outcome, attach, train
+from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.run_folder import CSV_FILE
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
@@ -152,7 +152,7 @@ def test_a_batch_without_live_labels_contributes_nothing(tiny_model: Path, rows_
     outcome = train(model, attach(model, settings), examples, tmp_path, settings, QUIET)
     assert outcome.losses == {1: 0.0}
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
-    total, count = trainer.response_loss(model, pack(examples))
+    total, count = response_loss(model, pack(examples))
     assert (total.item(), count) == (0.0, 0)
     gradients = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     assert all(gradient is None or not gradient.any() for gradient in gradients)
