@@ -52,7 +52,7 @@ def forward(
         return output, logsumexp
 
     # Prefix: a softmax of its own over P slots that every query sees, multiplied by the gate.
-    prefix_key, prefix_value, gate = select_prefix(prefix_key, prefix_value, gate, prefix_index, query.shape[0])
+    prefix_key, prefix_value, gate = select_prefix(prefix_key, prefix_value, gate, prefix_index)
     prefix_key, prefix_value = (tensor.repeat_interleave(group, dim=1) for tensor in (prefix_key, prefix_value))
     prefix_scores = scale * (query @ prefix_key.transpose(-1, -2))
     prefix_output = torch.softmax(prefix_scores, dim=-1) @ prefix_value
@@ -92,7 +92,7 @@ def window(batch: int, key: Tensor, key_start: Tensor | None, key_end: Tensor | 
 
 
 def select_prefix(
-    prefix_key: Tensor, prefix_value: Tensor, gate: Tensor, prefix_index: Tensor | None, batch: int
+    prefix_key: Tensor, prefix_value: Tensor, gate: Tensor, prefix_index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gives each sequence its prefix [B, Hkv, P, D] and gate [B, Hq]; index -1 (no prefix): zeros."""
     if prefix_index is None:

@@ -26,10 +26,10 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `launchers.backward`."""
-    from llama_adapter_kernels.triton_kernels import launchers
+    """See `backward_launcher.backward`."""
+    from llama_adapter_kernels.triton_kernels import backward_launcher
 
-    return launchers.backward(*arguments)
+    return backward_launcher.backward(*arguments)
 
 
 def decode(*arguments: Any) -> Tensor:

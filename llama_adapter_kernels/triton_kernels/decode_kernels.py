@@ -2,8 +2,8 @@
 """Decode: few queries against a long cache. Reading the cache is the cost, so the keys of a sequence are split over the
 processor, and the query heads of a group share one tile, so that a key is read once for all of them.
 
-    split kernel    (split, sequence, key/value head): a part of the words, unnormalised over the whole
-    combine kernel  (sequence, head, query): adds the parts, and the prefix once
+    decode_split    (split, sequence, key/value head): a part of the words, normalised by itself
+    decode_combine  (sequence, head, query): adds the parts, and the prefix once
 
 With a single split nothing is left to combine, and the split kernel finishes the rows itself.
 """
@@ -11,23 +11,23 @@ With a single split nothing is left to combine, and the split kernel finishes th
 import triton
 import triton.language as tl
 
-from llama_adapter_kernels.triton_kernels.tiles import (
-    MASK_NONE,
+from llama_adapter_kernels.triton_kernels.prefix import (
     PREFIX_LOOP,
     PREFIX_NONE,
     PREFIX_ONE_TILE,
     add_prefix_loop,
     add_prefix_tile,
-    attend,
-    choose_prefix,
-    load_gate,
+    load_slots,
+)
+from llama_adapter_kernels.triton_kernels.problem import choose_prefix, load_gate, valid_keys
+from llama_adapter_kernels.triton_kernels.scores import MASK_NONE, attend, normalise
+from llama_adapter_kernels.triton_kernels.tiles import (
+    head_rows,
     load_tile,
     loop_bound,
-    normalise,
     offset,
     store_tile,
     tile_offsets,
-    valid_keys,
 )
 
 VARYING = (
@@ -37,7 +37,7 @@ VARYING = (
 
 
 @triton.jit(do_not_specialize=VARYING)
-def split_kernel(
+def decode_split_kernel(
     query, key, value, prefix_key, prefix_value, gate, output, partial, partial_logsumexp,
     key_start, key_end, prefix_index,
     query_strides, key_strides, value_strides, prefix_key_strides, prefix_value_strides, output_strides,
@@ -59,17 +59,14 @@ def split_kernel(
     position = row % seq_q
     begin, end = valid_keys(b, key_start, key_end, seq_k + 0)
     rows_offset = offset(head, query_strides[1], ALIGNMENT) + offset(position, query_strides[2], ALIGNMENT)
-    query_tile = query + offset(b, query_strides[0], ALIGNMENT) + rows_offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    lanes = tl.arange(0, BLOCK_D)[None, :]
+    query_tile = query + offset(b, query_strides[0], ALIGNMENT) + rows_offset[:, None] + lanes
     q = load_tile(query_tile, row_valid, HEAD_DIM, BLOCK_D, True)
     column = tl.arange(0, BLOCK_N)
-    key_tile = (
-        key + offset(b, key_strides[0], ALIGNMENT) + offset(head_kv, key_strides[1], ALIGNMENT)
-        + tile_offsets(column, key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-    )  # fmt: skip
-    value_tile = (
-        value + offset(b, value_strides[0], ALIGNMENT) + offset(head_kv, value_strides[1], ALIGNMENT)
-        + tile_offsets(column, value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-    )  # fmt: skip
+    key_tile = head_rows(key, b, head_kv, b * 0, key_strides, ALIGNMENT)
+    key_tile += tile_offsets(column, key_strides[2], BLOCK_D, ALIGNMENT)
+    value_tile = head_rows(value, b, head_kv, b * 0, value_strides, ALIGNMENT)
+    value_tile += tile_offsets(column, value_strides[2], BLOCK_D, ALIGNMENT)
 
     # This split's keys; blocks stay whole, so the last splits of a short cache may be empty.
     span = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
@@ -89,14 +86,14 @@ def split_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if not ELEMENTWISE:
         acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
-            first, whole_blocks, last, row_limit, row_valid, scale_log2,
-            BLOCK_N, HEAD_DIM, BLOCK_D, False, False, MASK_NONE, ALIGNMENT,
+            acc, row_sum, row_max, q, key_tile, value_tile, None, None, b, head_kv, row, key_strides[2],
+            value_strides[2], 0, first, whole_blocks, last, row, row_limit, row_valid, scale_log2,
+            BLOCK_N, HEAD_DIM, BLOCK_D, False, False, MASK_NONE, False, ALIGNMENT,
         )  # fmt: skip
     acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, key_tile, value_tile, row, key_strides[2], value_strides[2], 0,
-        first + whole_blocks * BLOCK_N, blocks - whole_blocks, last, row_limit, row_valid, scale_log2,
-        BLOCK_N, HEAD_DIM, BLOCK_D, True, ELEMENTWISE, MASK_NONE, ALIGNMENT,
+        acc, row_sum, row_max, q, key_tile, value_tile, None, None, b, head_kv, row, key_strides[2],
+        value_strides[2], 0, first + whole_blocks * BLOCK_N, blocks - whole_blocks, last, row, row_limit, row_valid,
+        scale_log2, BLOCK_N, HEAD_DIM, BLOCK_D, True, ELEMENTWISE, MASK_NONE, False, ALIGNMENT,
     )  # fmt: skip
     acc, row_logsumexp = normalise(acc, row_sum, row_max)
 
@@ -104,35 +101,25 @@ def split_kernel(
         heads_q = heads_kv * group
         part = ((b.to(tl.int64) * heads_q + head) * seq_q + position) * splits + split
         tl.store(partial_logsumexp + part, row_logsumexp, mask=row_valid)
-        store_tile(partial + part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :], acc, row_valid,
-                   HEAD_DIM, BLOCK_D)  # fmt: skip
+        store_tile(partial + part[:, None] * HEAD_DIM + lanes, acc, row_valid, HEAD_DIM, BLOCK_D)
     else:
         if PREFIX != PREFIX_NONE:
             entry, slots, bad = choose_prefix(b, prefix_index, prefix_count, prefix_length)
             gate_value = load_row_gates(gate, entry, head, slots, bad, row_valid, gate_stride_prefix, gate_stride_head)
-            slot = tl.arange(0, BLOCK_P)
-            prefix_key_tile = (
-                prefix_key + offset(entry, prefix_key_strides[0], ALIGNMENT)
-                + offset(head_kv, prefix_key_strides[1], ALIGNMENT)
-                + tile_offsets(slot, prefix_key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-            )  # fmt: skip
-            prefix_value_tile = (
-                prefix_value + offset(entry, prefix_value_strides[0], ALIGNMENT)
-                + offset(head_kv, prefix_value_strides[1], ALIGNMENT)
-                + tile_offsets(slot, prefix_value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT)
-            )  # fmt: skip
             if PREFIX == PREFIX_ONE_TILE:
-                prefix_k = load_tile(prefix_key_tile, slot < slots, HEAD_DIM, BLOCK_D, True)
-                prefix_v = load_tile(prefix_value_tile, slot < slots, HEAD_DIM, BLOCK_D, True)
+                prefix_k = load_slots(prefix_key, entry, head_kv, slots * 0, slots, prefix_key_strides,
+                                      BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT)  # fmt: skip
+                prefix_v = load_slots(prefix_value, entry, head_kv, slots * 0, slots, prefix_value_strides,
+                                      BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT)  # fmt: skip
                 acc = add_prefix_tile(acc, q, prefix_k, prefix_v, slots, gate_value, scale_log2, BLOCK_P)
             if PREFIX == PREFIX_LOOP:
                 acc = add_prefix_loop(
-                    acc, q, prefix_key_tile, prefix_value_tile, prefix_key_strides[2], prefix_value_strides[2], slots,
+                    acc, q, prefix_key, prefix_value, prefix_key_strides, prefix_value_strides, entry, head_kv, slots,
                     gate_value, scale_log2, BLOCK_M, BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT,
                 )  # fmt: skip
         rows_offset = offset(head, output_strides[1], ALIGNMENT) + offset(position, output_strides[2], ALIGNMENT)
         output_tile = output + offset(b, output_strides[0], ALIGNMENT) + rows_offset[:, None]
-        store_tile(output_tile + tl.arange(0, BLOCK_D)[None, :], acc, row_valid, HEAD_DIM, BLOCK_D)
+        store_tile(output_tile + lanes, acc, row_valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -145,7 +132,7 @@ def load_row_gates(gate, entry, head, slots, bad, row_valid, gate_stride_prefix,
 
 
 @triton.jit(do_not_specialize=VARYING)
-def combine_kernel(
+def decode_combine_kernel(
     query, prefix_key, prefix_value, gate, output, partial, partial_logsumexp, prefix_index,
     query_strides, prefix_key_strides, prefix_value_strides, output_strides, gate_stride_prefix, gate_stride_head,
     heads_q, group, seq_q, splits, prefix_count, prefix_length, scale_log2,
@@ -172,25 +159,19 @@ def combine_kernel(
     if HAS_PREFIX:
         entry, slots, bad = choose_prefix(b, prefix_index, prefix_count, prefix_length)
         gate_value = load_gate(gate, entry, head, slots, bad, gate_stride_prefix, gate_stride_head)
-        query_row = query + offset(b, query_strides[0], ALIGNMENT) + offset(head, query_strides[1], ALIGNMENT)
-        query_row += offset(position, query_strides[2], ALIGNMENT)
+        query_row = head_rows(query, b, head, position, query_strides, ALIGNMENT)
         q = tl.load(query_row + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         head_kv = head // group
-        key_base = (prefix_key + offset(entry, prefix_key_strides[0], ALIGNMENT)
-                    + offset(head_kv, prefix_key_strides[1], ALIGNMENT))  # fmt: skip
-        value_base = (prefix_value + offset(entry, prefix_value_strides[0], ALIGNMENT)
-                      + offset(head_kv, prefix_value_strides[1], ALIGNMENT))  # fmt: skip
         prefix_acc = tl.zeros([BLOCK_D], tl.float32)
         total = tl.zeros([1], tl.float32)
         largest = tl.full([1], float("-inf"), tl.float32)
         for tile in tl.range(0, loop_bound(tl.cdiv(slots, BLOCK_P))):
-            slot = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-            prefix_k = load_tile(key_base + tile_offsets(slot, prefix_key_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
-                                 slot < slots, HEAD_DIM, BLOCK_D, True)  # fmt: skip
-            prefix_v = load_tile(
-                value_base + tile_offsets(slot, prefix_value_strides[2], HEAD_DIM, BLOCK_D, ALIGNMENT),
-                slot < slots, HEAD_DIM, BLOCK_D, True,
-            )  # fmt: skip
+            first_slot = slots * 0 + tile * BLOCK_P
+            slot = first_slot + tl.arange(0, BLOCK_P)
+            prefix_k = load_slots(prefix_key, entry, head_kv, first_slot, slots, prefix_key_strides,
+                                  BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT)  # fmt: skip
+            prefix_v = load_slots(prefix_value, entry, head_kv, first_slot, slots, prefix_value_strides,
+                                  BLOCK_P, HEAD_DIM, BLOCK_D, ALIGNMENT)  # fmt: skip
             scores = tl.sum(prefix_k.to(tl.float32) * q[None, :], 1) * scale_log2
             scores = tl.where(slot < slots, scores, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, 0))
@@ -200,6 +181,5 @@ def combine_kernel(
             prefix_acc = prefix_acc * rescale + tl.sum(slot_weights[:, None] * prefix_v.to(tl.float32), 0)
             largest = new_largest
         acc += prefix_acc * tl.where(total == 0.0, gate_value * 0.0, gate_value / tl.where(total == 0.0, 1.0, total))
-    output_row = output + offset(b, output_strides[0], ALIGNMENT) + offset(head, output_strides[1], ALIGNMENT)
-    output_row += offset(position, output_strides[2], ALIGNMENT)
+    output_row = head_rows(output, b, head, position, output_strides, ALIGNMENT)
     tl.store(output_row + dim, acc.to(output.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -17,8 +17,9 @@ import torch
 
 TILES_VARIABLE = "LAK_TRITON_TILES"
 
-# Phases: one kernel each. `prefix` serves the kernels that are linear in the sequence (block_n is not used there).
-PHASES = ("forward", "key_gradient", "query_gradient", "prefix", "decode")
+# Phases. `backward_rows` serves the kernels that are linear in the sequence (block_n is not used there); `backward_keys`
+# and `backward_queries` are the two kinds of programs of one launch.
+PHASES = ("forward", "backward_keys", "backward_queries", "backward_rows", "decode")
 
 # Shared memory a block may use, in KiB, by family.
 SHARED_MEMORY_KIB = {"sm80": 163, "sm86": 99, "sm90": 227, "sm100": 227}
@@ -32,9 +33,9 @@ class Tile(NamedTuple):
 
 
 # 16-bit elements: card, phase, then the head_dim up to which the entry serves. Numbers that surprise:
-# - sm80, key_gradient: 32 query rows, because with 64 the two score tiles spill inside the loop.
+# - sm80, backward_keys: 32 query rows, because with 64 the two score tiles spill inside the loop.
 # - sm86 differs from sm80 only where sm80's tile does not fit 99 KiB.
-# - sm90 and sm100, key_gradient: 128 keys per block, so that a matrix instruction has its 64 rows per warp group.
+# - sm90 and sm100, backward_keys: 128 keys per block, so that a matrix instruction has its 64 rows per warp group.
 # - sm100, head_dim 128: narrower than sm90, because scores pass through registers on their way from tensor memory.
 # - decode: 16 rows, the least a matrix instruction takes; queries are few, and the stages keep the cache coming.
 _DECODE = {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
@@ -42,30 +43,30 @@ _PREFIX = {128: Tile(64, 0, 4, 2), 256: Tile(32, 0, 4, 2)}
 _HALF: dict[str, dict[str, dict[int, Tile]]] = {
     "sm80": {
         "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "key_gradient": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
-        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "prefix": _PREFIX,
+        "backward_keys": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "backward_queries": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "backward_rows": _PREFIX,
         "decode": _DECODE,
     },
     "sm86": {
         "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "key_gradient": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
-        "query_gradient": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
-        "prefix": _PREFIX,
+        "backward_keys": {128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "backward_queries": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+        "backward_rows": _PREFIX,
         "decode": _DECODE,
     },
     "sm90": {
         "forward": {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-        "key_gradient": {128: Tile(64, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
-        "query_gradient": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "prefix": _PREFIX,
+        "backward_keys": {128: Tile(64, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+        "backward_queries": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "backward_rows": _PREFIX,
         "decode": _DECODE,
     },
     "sm100": {
         "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-        "key_gradient": {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
-        "query_gradient": {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        "prefix": _PREFIX,
+        "backward_keys": {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        "backward_queries": {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "backward_rows": _PREFIX,
         "decode": _DECODE,
     },
 }
@@ -73,9 +74,9 @@ _HALF: dict[str, dict[str, dict[int, Tile]]] = {
 # float32 in full precision has no matrix instruction: small tiles, because operands live in registers.
 _SINGLE: dict[str, dict[int, Tile]] = {
     "forward": {128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
-    "key_gradient": {128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "query_gradient": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "prefix": {128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},
+    "backward_keys": {128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_queries": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_rows": {128: Tile(32, 0, 4, 1), 256: Tile(16, 0, 4, 1)},
     "decode": {128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
 
@@ -95,6 +96,11 @@ def family(capability: tuple[int, int]) -> str:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a device; 8.0 stands for the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the device loads tiles by tensor descriptors (the copy engine of compute capability 9.0)."""
+    return capability(device) >= (9, 0)
 
 
 @functools.cache
@@ -129,7 +135,7 @@ def _checked(phase: str, numbers: tuple[int, ...]) -> Tile:
     if len(numbers) != 4:
         raise ValueError(f"{TILES_VARIABLE}: expected {phase}=block_m,block_n,warps,stages, got {numbers}")
     tile = Tile(*numbers)
-    if any(size < 16 or size & (size - 1) for size in tile[:2] if size or phase != "prefix"):
+    if any(size < 16 or size & (size - 1) for size in tile[:2] if size or phase != "backward_rows"):
         raise ValueError(f"{TILES_VARIABLE}: expected powers of two from 16 as block sizes of {phase}, got {tile[:2]}")
     return tile
 

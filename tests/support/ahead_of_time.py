@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from llama_adapter_kernels.triton_kernels import launchers, tuning
+from llama_adapter_kernels.triton_kernels import backward_launcher, launchers, tuning
+from tests.support.machine_code import addresses, in_loops
 
 CARDS = {"sm80": (8, 0), "sm86": (8, 6), "sm90": (9, 0), "sm100": (10, 0)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -36,12 +37,13 @@ class Report:
     spills_in_loops: int  # those of them that are executed again and again
     shared: int  # bytes
     instructions: dict[str, int]  # of the kinds named in `KINDS`
+    pending: tuple[int, ...]  # how many groups of wgmma each wait leaves in flight
 
 
-# Matrix instructions of the three generations, 16-byte asynchronous copies and loads, special functions.
+# Matrix instructions of the three generations, 16-byte asynchronous copies, copies by descriptor, loads, special functions.
 KINDS = {
     "HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "UTCHMMA": r"\bUTC\w*MMA", "LDGSTS": r"\bLDGSTS\.\S*128",
-    "LDG128": r"\bLDG\.\S*128", "LDG": r"\bLDG\.", "MUFU.EX2": r"\bMUFU\.EX2", "FFMA": r"\bFFMA",
+    "UTMALDG": r"\bUTMALDG\.", "LDG128": r"\bLDG\.\S*128", "LDG": r"\bLDG\.", "MUFU.EX2": r"\bMUFU\.EX2", "FFMA": r"\bFFMA",
     "all": r"^\s+/\*[0-9a-f]{4,}\*/\s",
 }  # fmt: skip
 
@@ -76,19 +78,21 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def report(compiled: Any, constants: dict[str, Any]) -> Report:
     usage, code = _disassemble(compiled.asm["cubin"])
-    spills = [int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,})\*/.*\b(?:LDL|STL)\b", code)]
-    branches = re.findall(r"/\*([0-9a-f]{4,})\*/.*\bBRA\S*\s.*?(0x[0-9a-f]+)", code)
-    loops = [(int(target, 16), int(address, 16)) for address, target in branches if int(target, 16) < int(address, 16)]
+    spills = addresses(code, r"\b(?:LDL|STL)\b")
+    repeated = in_loops(code)
     numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
     return Report(
         kernel=compiled.metadata.name,
-        tile=tuple(v for k, v in constants.items() if k.startswith("BLOCK_") and k not in ("BLOCK_D",)),
+        tile=tuple(
+            v for k, v in constants.items() if k.startswith(("BLOCK_", "KEYS_", "QUERIES_")) and k not in ("BLOCK_D",)
+        ),
         warps=compiled.metadata.num_warps,
         registers=numbers["REG"],
         stack=numbers["STACK"],
         spills=len(spills),
-        spills_in_loops=sum(any(begin <= spill <= end for begin, end in loops) for spill in spills),
+        spills_in_loops=sum(spill in repeated for spill in spills),
         shared=compiled.metadata.shared,
+        pending=tuple(sorted(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.asm["ptx"])))),
         instructions={kind: len(re.findall(pattern, code, re.MULTILINE)) for kind, pattern in KINDS.items()},
     )
 
@@ -145,7 +149,7 @@ def _launch(
         launchers.forward(*inputs, *optional)
     elif pass_name == "backward":
         logsumexp = torch.empty((heads, batch * seq) if varlen else (batch, heads, seq))
-        launchers.backward(query, *inputs, query, logsumexp, *optional, True, True, True, True)
+        backward_launcher.backward(query, *inputs, query, logsumexp, *optional, True, True, True, True)
     else:
         query = rows(heads, 1)
         launchers.decode(query, *inputs[1:], lengths, lengths, None, 0.125, is_causal)

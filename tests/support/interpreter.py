@@ -1,4 +1,5 @@
-"""What the tests change about Triton's interpreter: twice the speed, and the roundings of a device."""
+"""What the tests change about Triton's interpreter: twice the speed, the roundings of a device, and an error where a kernel
+leaves its tensors."""
 
 from typing import Any
 
@@ -10,6 +11,7 @@ def prepare() -> None:
     _patch_language_once()
     _fuse_multiply_add()
     _round_bfloat16()
+    _check_bounds()
 
 
 def _patch_language_once() -> None:
@@ -64,3 +66,48 @@ def _round_bfloat16() -> None:
     builder.cast_impl = cast
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, source, target_type: self.cast_impl(source, target_type))
+
+
+def _check_bounds() -> None:
+    """Every address that is not masked lies in the memory of some argument of the kernel."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    memory: list[tuple[int, int]] = []
+
+    def add(argument: Any) -> None:
+        if isinstance(argument, tuple):
+            for part in argument:
+                add(part)
+        elif hasattr(argument, "base"):
+            add(argument.base)
+        elif hasattr(argument, "untyped_storage"):
+            storage = argument.untyped_storage()
+            memory.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+
+    def check(kind: str, pointers: Any, mask: Any) -> None:
+        used = (mask if isinstance(mask, np.ndarray) else mask.data).astype(bool)  # of a descriptor the former
+        addresses = np.broadcast_to(pointers.data, used.shape)[used]
+        if addresses.size > 0:
+            first, last = int(addresses.min()), int(addresses.max())
+            last += pointers.get_element_ty().primitive_bitwidth // 8
+            if not any(begin <= first and last <= end for begin, end in memory):
+                near = [(first - begin, last - end) for begin, end in memory if begin - 4096 <= first < end + 4096]
+                raise IndexError(f"{kind} outside of every tensor; beyond the begin and end of those near it: {near}")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check("load", pointers, mask)
+        return load(self, pointers, mask, *rest, **options)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_call(self: Any, *arguments: Any, **options: Any) -> Any:
+        memory.clear()
+        add(tuple(arguments))
+        return call(self, *arguments, **options)
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    executor.__call__ = checked_call

@@ -42,6 +42,16 @@ CASES: list[tuple[Case, tuple[torch.dtype, ...]]] = [
           (((5, 7), (0, 3), (4, 0), (33, 17)), "table", True, SINGLE),
           (((16, 16), (1, 40), (0, 0)), "sequence", False, HALF),
           (((17, 17), (32, 32)), "shared", True, BRAIN))),
+    # One prefix for all, or none: the packed axis is cut into full tiles, whatever sequences lie in them.
+    *((Case(heads_q=2, heads_kv=1, lengths=lengths, is_causal=causal, **other), (dtype,))
+      for lengths, causal, dtype, other in (
+          (((5, 7), (0, 3), (4, 0), (33, 17), (7, 9)), True, SINGLE, {}),
+          (((5, 7), (0, 3), (4, 0), (33, 17), (7, 9)), False, SINGLE, {}),
+          (((70, 70), (1, 1), (1, 1), (40, 40)), True, HALF, {}),
+          (((70, 90), (3, 3)), False, SINGLE, {"prefix": "none"}),
+          (((3, 3),) * 12, True, SINGLE, {"prefix_length": 1}),
+          (((20, 20), (45, 45)), True, HALF, {"prefix_length": 70}),
+          (((9, 30), (30, 9)), True, SINGLE, {"scale": -0.4}))),
 ]  # fmt: skip
 
 BIG = [

@@ -31,7 +31,6 @@ BEHAVIOUR = [
     triton_checks.gradients_repeat_bit_for_bit,
     triton_checks.index_out_of_range_is_nan,
     triton_checks.wild_lengths_stay_in_bounds,
-    triton_checks.tail_of_packed_rows_is_zero,
     triton_checks.only_what_is_needed,
     triton_checks.expanded_and_transposed_tensors,
     triton_checks.compiles_without_graph_break,
@@ -68,6 +67,25 @@ def test_behaviour_interpreted(interpreted: RunInChild, check: RunInChild) -> No
 @pytest.mark.parametrize("check", BEHAVIOUR)
 def test_behaviour_on_gpu(cuda: torch.device, check: RunInChild) -> None:
     check("cuda")
+
+
+@pytest.mark.parametrize("prefix", ["shared", "sequence", "none"])
+def test_tail_of_packed_rows_is_zero(interpreted: RunInChild, prefix: str) -> None:
+    interpreted(triton_checks.tail_of_packed_rows_is_zero, prefix)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(batch=2, heads_q=2, heads_kv=1, seq_q=70, seq_k=80, layout="bshd"), torch.bfloat16),
+        (Case(batch=1, heads_q=1, heads_kv=1, seq_q=40, seq_k=90, head_dim=24, window="end"), torch.float16),
+        (Case(heads_q=2, heads_kv=1, lengths=((70, 70), (9, 9), (80, 80))), torch.float16),
+        (Case(heads_q=2, heads_kv=2, lengths=((40, 70), (60, 33)), is_causal=False), torch.float16),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_descriptors(interpreted: RunInChild, case: Case, dtype: torch.dtype) -> None:
+    interpreted(triton_checks.attention_by_descriptors, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -14,8 +14,8 @@ from tests.support.child_process import RunInChild
 # Matrix instructions a kernel may use. A tile of 16 rows (decode, prefix gradients) is below the 64 rows of a Hopper
 # matrix instruction, and there Triton takes the older one.
 MATRIX = {"sm80": ("HMMA",), "sm86": ("HMMA",), "sm90": ("HGMMA",), "sm100": ("UTCHMMA",)}
-SMALL_TILE_KERNELS = ("split_kernel", "prefix_gradient_kernel", "statistics_kernel")
-WITHOUT_MATRICES = ("combine_kernel", "reduce_kernel", "clear_tail_kernel")
+SMALL_TILE_KERNELS = ("decode_split_kernel", "backward_rows_kernel", "backward_prefix_kernel")
+WITHOUT_MATRICES = ("decode_combine_kernel", "backward_sums_kernel", "zero_tail_kernel")
 
 # Bytes of local memory a thread may have for registers saved outside of every loop; inside loops there must be none.
 # Head_dim 256 on mma.sync cards: the accumulator changes its layout once, for the prefix.
@@ -63,6 +63,9 @@ def test_tuning_table(compiled_here: RunInChild, card: str, dtype: torch.dtype, 
             kinds = ("HMMA", "HGMMA", "UTCHMMA") if report.kernel in SMALL_TILE_KERNELS else MATRIX[card]
             assert any(report.instructions[kind] > 0 for kind in kinds), report
             assert report.instructions["LDGSTS"] > 0 or report.kernel in SMALL_TILE_KERNELS, report
+            # From Hopper on, blocks of keys and queries that are seen whole come by descriptors.
+            descriptors = card in ("sm90", "sm100") and report.kernel in ("forward_kernel", "backward_words_kernel")
+            assert (report.instructions["UTMALDG"] >= 4) == descriptors, report
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_every_option_compiles(compiled_here: RunInChild, options: dict[str, obj
     for pass_name in ("forward", "backward"):
         for report in compiled_here(ahead_of_time.compile_for, "sm80", HALF, 64, pass_name, **options):
             assert report.shared <= SHARED_MEMORY_KIB["sm80"] * 1024
+            assert report.spills_in_loops == 0 or "varlen" not in options, report
 
 
 def test_head_dim_that_is_no_power_of_two_is_copied_16_bytes_at_a_time(compiled_here: RunInChild) -> None:
