@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo test test-cuda-torch sanitize bench bench-check lint format docs wheel clean
+.PHONY: help install demo demo-image demo-sound test test-cuda-torch sanitize bench bench-check lint format docs wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
 	@echo "make demo      fine-tune an adapter on a small model, answers before and after (minutes, no download of models)"
+	@echo "make demo-image, make demo-sound  the small model learns to see digits, or to hear melodies (minutes)"
 	@echo "make test      every test that can run on this machine"
 	@echo "make test-cuda-torch  what a real CUDA build of torch shows without a GPU (an environment of 5.5 GB)"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -28,6 +29,11 @@ $(VENV)/run.stamp: constraints.txt
 	$(PIP) pip setuptools wheel
 	$(filter-out --quiet,$(PIP)) torch numpy
 	$(PIP) cmake ninja transformers accelerate safetensors sentencepiece protobuf peft typer rich matplotlib jinja2
+	touch $@
+
+# What pictures, sound and digits need.
+$(VENV)/senses.stamp: $(VENV)/cpu.stamp
+	$(PIP) pillow soundfile soxr scikit-learn
 	touch $@
 
 # timm gets a folder of its own, which its tests put on their path: it imports torchvision, whose releases for this torch need
@@ -124,6 +130,9 @@ wheel: $(VENV)/environment.stamp
 
 demo: $(VENV)/cpu.stamp
 	$(BIN)/llama-adapter demo --output demo-output
+
+demo-image demo-sound: $(VENV)/senses.stamp
+	$(BIN)/llama-adapter $@ --output $@-output
 
 clean:
 	rm -rf build dist *.egg-info llama_adapter_kernels/*.so $(VENV)/package.stamp $(VENV)/cpu.stamp

@@ -15,6 +15,7 @@ from llama_adapter_kernels.commands import (
     bench_report,
     convert,
     demo,
+    demo_senses,
     encode,
     evaluate,
     finetune,
@@ -98,6 +99,8 @@ app.command()(encode.encode)
 app.command()(convert.convert)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
+app.command()(demo_senses.demo_image)
+app.command()(demo_senses.demo_sound)
 app.command()(info.info)
 app.command()(bench.bench)
 app.command()(bench_report.bench_report)

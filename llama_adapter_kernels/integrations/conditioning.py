@@ -74,8 +74,9 @@ class Conditioning(KeepsFloat32):
         """
         if self.store is None:
             raise ValueError("encoder: expected one to compute features with, this conditioning has none")
-        found = [None if file is None else self.store.features(Path(file)) for file in files]
-        with self.given(found):
+        paths = [Path(file) for file in files if file is not None]
+        features = iter(self.store.features_of(paths))
+        with self.given([None if file is None else next(features) for file in files]):
             yield
 
     @contextmanager

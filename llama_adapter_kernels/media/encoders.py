@@ -41,6 +41,10 @@ class Encoder(Protocol):
         """
         ...
 
+    def encode_many(self, paths: Sequence[Path], view: str, depths: int, wheres: Sequence[str]) -> list[Tensor]:
+        """As `encode`, for several files at a time."""
+        ...
+
     def fingerprint(self) -> str:
         """Equal for encoders that give equal features."""
         ...
@@ -98,6 +102,10 @@ class VisionEncoder:
     @torch.inference_mode()
     def encode(self, path: Path, view: str, depths: int = 1, where: str = "") -> Tensor:
         return self.encode_images([read_image(path, where)], view, depths)[0]
+
+    def encode_many(self, paths: Sequence[Path], view: str, depths: int, wheres: Sequence[str]) -> list[Tensor]:
+        images = [read_image(path, where) for path, where in zip(paths, wheres, strict=True)]
+        return list(self.encode_images(images, view, depths))
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Any], view: str, depths: int = 1) -> Tensor:
@@ -165,6 +173,10 @@ class AudioEncoder:
         else:
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
         return result.float().cpu().contiguous()
+
+    def encode_many(self, paths: Sequence[Path], view: str, depths: int, wheres: Sequence[str]) -> list[Tensor]:
+        # One by one: padding to a common length would change what convolutions and attention hear.
+        return [self.encode(path, view, depths, where) for path, where in zip(paths, wheres, strict=True)]
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.model)

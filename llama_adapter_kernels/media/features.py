@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.media.encoders import Encoder
+
+_BATCH, _REMEMBERED = 64, 4096  # files encoded at a time, and kept in memory
 
 
 class FeatureStore:
@@ -23,6 +24,7 @@ class FeatureStore:
 
     def __init__(self, encoder: Encoder, view: str, depths: int = 1, folder: Path | None = None) -> None:
         self.encoder, self.view, self.depths, self.folder = encoder, view, depths, folder
+        self.encoded = 0  # files, in this process
         self._memory: dict[str, Tensor] = {}
         self._keys: dict[tuple[str, int, int], str] = {}
         self._fingerprint = encoder.fingerprint()
@@ -38,27 +40,31 @@ class FeatureStore:
         Raises:
             UserError: the file cannot be read or decoded; `where` names the data row.
         """
-        key = self._key(path, where)
-        if key in self._memory:
-            return self._memory[key]
-        found = self._kept(key)
-        if found is None:
-            found = self.encoder.encode(path, self.view, self.depths, where)
-            self._keep(key, found)
-        if len(self._memory) < 4096:
-            self._memory[key] = found
-        return found
+        return self.features_of([path], [where])[0]
+
+    def features_of(self, paths: Sequence[Path], wheres: Sequence[str] | None = None) -> list[Tensor]:
+        """The features of several files; those that are not known yet are encoded together."""
+        wheres = [""] * len(paths) if wheres is None else wheres
+        keys = [self._key(path, where) for path, where in zip(paths, wheres, strict=True)]
+        found = {key: tensor for key in dict.fromkeys(keys) if (tensor := self._known(key)) is not None}
+        missing = {key: number for number, key in enumerate(keys) if key not in found}
+        if missing:
+            numbers = list(missing.values())
+            chosen = [paths[number] for number in numbers], [wheres[number] for number in numbers]
+            new = self.encoder.encode_many(chosen[0], self.view, self.depths, chosen[1])
+            for key, tensor in zip(missing, new, strict=True):
+                found[key] = tensor
+                self._keep(key, tensor)
+        return [found[key] for key in keys]
 
     def encode_all(self, paths: Sequence[tuple[Path, str]], progress: Callable[[int], None]) -> int:
         """Encodes every file that is not known yet; returns how many those were."""
-        new = 0
-        for number, (path, where) in enumerate(paths, 1):
-            key = self._key(path, where)
-            if key not in self._memory and self._kept(key) is None:
-                self._keep(key, self.encoder.encode(path, self.view, self.depths, where))
-                new += 1
-            progress(number)
-        return new
+        before = self.encoded
+        for start in range(0, len(paths), _BATCH):
+            part = paths[start : start + _BATCH]
+            self.features_of([path for path, _ in part], [where for _, where in part])
+            progress(start + len(part))
+        return self.encoded - before
 
     def _key(self, path: Path, where: str) -> str:
         try:
@@ -74,20 +80,30 @@ class FeatureStore:
             begin = f"{where}: " if where else ""
             raise UserError(f"{begin}{path}: {(error.strerror or str(error)).lower()}") from None
 
-    def _kept(self, key: str) -> Tensor | None:
+    def _known(self, key: str) -> Tensor | None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if key in self._memory:
+            return self._memory[key]
         if self.folder is None or not (file := self.folder / f"{key}.safetensors").exists():
             return None
         try:
-            return load_file(file)["features"]
+            features = load_file(file)["features"]
         except (SafetensorError, KeyError, OSError):  # of an interrupted disk: computed again
             return None
+        self._remember(key, features)
+        return features
+
+    def _remember(self, key: str, features: Tensor) -> None:
+        if len(self._memory) < _REMEMBERED:
+            self._memory[key] = features
 
     def _keep(self, key: str, features: Tensor) -> None:
         from safetensors.torch import save
 
+        self.encoded += 1
+        self._remember(key, features)
         if self.folder is None:
             return
         aside = self.folder / f".{key}.{os.getpid()}"
@@ -97,8 +113,3 @@ class FeatureStore:
         except OSError as error:
             aside.unlink(missing_ok=True)
             raise UserError(f"{self.folder}: {error.strerror}") from None
-
-
-def stacked(features: Sequence[Tensor]) -> Tensor:
-    """Features of a batch: [B, ...]."""
-    return torch.stack(list(features))

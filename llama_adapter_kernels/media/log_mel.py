@@ -1,5 +1,7 @@
 """A spectrogram in place of an encoder: for small models and demonstrations, where no network is to be downloaded."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,20 +11,22 @@ from torch.nn.functional import adaptive_avg_pool1d
 from llama_adapter_kernels.media.audio import read_audio
 
 BANDS, FRAME, HOP = 64, 400, 160  # 25 ms windows every 10 ms at 16 kHz
+POSITIONS = 16
 
 
 class LogMel:
     """Log-mel frames, normalised per sound, in patches.
 
-    tokens: [32, 64 bands]; pooled: [64], the mean over time; multi_scale and layer_means: [depths, 64], the means of
-    `depths` stretches of the sound in their order, since there are no layers.
+    tokens: [32, 80], 64 bands and the position in time as 16 sines and cosines, which an encoder would know by itself;
+    pooled: [64], the mean over time; multi_scale and layer_means: [depths, 64], the means of `depths` stretches of the sound
+    in their order, since there are no layers.
     """
 
     name, modality, width, layers = "log-mel", "audio", BANDS, 32
     rate = 16000
 
     def width_of(self, view: str) -> int:
-        return BANDS
+        return BANDS + POSITIONS if view == "tokens" else BANDS
 
     def encode(self, path: Path, view: str, depths: int = 1, where: str = "") -> Tensor:
         frames = self.frames(read_audio(path, self.rate, where))
@@ -32,7 +36,11 @@ class LogMel:
             depths = self.layers
         elif view not in ("multi_scale", "layer_means"):
             raise ValueError(f"view: expected multi_scale, layer_means, tokens or pooled, got {view!r}")
-        return adaptive_avg_pool1d(frames.T[None], depths)[0].T.contiguous()
+        stretches = adaptive_avg_pool1d(frames.T[None], depths)[0].T.contiguous()
+        return torch.cat([stretches, _positions(depths)], dim=1) if view == "tokens" else stretches
+
+    def encode_many(self, paths: Sequence[Path], view: str, depths: int, wheres: Sequence[str]) -> list[Tensor]:
+        return [self.encode(path, view, depths, where) for path, where in zip(paths, wheres, strict=True)]
 
     def frames(self, samples: object) -> Tensor:
         """[T, bands] float32, mean 0 and variance 1 over the sound."""
@@ -51,3 +59,9 @@ class LogMel:
 
     def fingerprint(self) -> str:
         return f"log-mel-{BANDS}-{FRAME}-{HOP}"
+
+
+def _positions(length: int) -> Tensor:
+    """[length, POSITIONS]: sines and cosines of the relative time, from a quarter of a period upwards in octaves."""
+    angles = torch.arange(length)[:, None] / length * (math.pi / 2 * 2.0 ** torch.arange(POSITIONS // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-NEEDS = {"transformers_trainer": "accelerate", "packed_batches": "transformers"}
+NEEDS = {"transformers_trainer": "accelerate", "packed_batches": "transformers", "image_conditioned": "PIL"}
 SAYS = {
+    "image_conditioned": ["with an image: logits differ by", "generated: torch.Size([2, 20])"],
     "operation": ["gate 0: at most", "gate 0.5: at most"],
     "decode": ["sequence 0: 12 tokens after 24", "sequence 1: 12 tokens after 7"],
     "packed_batches": ["one row of 448 tokens", "padded, the same batch would have 1000"],

@@ -83,7 +83,9 @@ def test_log_mel_needs_no_network(tmp_path: Path) -> None:
     encoder = load_encoder("log-mel", "audio")
     low, high = (encoder.encode(tmp_path / name, "pooled") for name in ("low.wav", "high.wav"))
     assert low.argmax() < high.argmax()
-    assert encoder.encode(tmp_path / "low.wav", "tokens").shape == (32, 64)
+    tokens = encoder.encode(tmp_path / "low.wav", "tokens")
+    assert tokens.shape == (32, encoder.width_of("tokens")) == (32, 80)
+    assert len({tuple(row) for row in tokens[:, 64:].tolist()}) == 32  # every place in time has its own mark
     assert encoder.encode(tmp_path / "low.wav", "layer_means", 4).shape == (4, 64)
 
 
@@ -101,7 +103,7 @@ def test_features_are_encoded_once_by_content(tmp_path: Path, picture: Path, mon
     renamed = tmp_path / "renamed.png"
     renamed.write_bytes(picture.read_bytes())
     again = FeatureStore(encoder, "tokens", folder=tmp_path / "kept")
-    monkeypatch.setattr(encoder, "encode", lambda *arguments: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoder, "encode_many", lambda *arguments: pytest.fail("encoded again"))
     assert torch.equal(again.features(renamed), first)
     assert again.encode_all([(picture, "row 1"), (renamed, "row 2")], lambda done: None) == 0
     monkeypatch.undo()

@@ -149,7 +149,7 @@ def test_a_broken_picture_is_named_when_it_is_encoded(
     assert "not an image" in result.output
     command[2] = str(pictures / "rows.json")
     again = [runner.invoke(app, command).output for _ in range(2)]
-    assert "12 rows, 3 files encoded" in again[0] or "12 rows, 12 files encoded" in again[0]
+    assert "12 rows, 3 files encoded" in again[0]  # by content
     assert "12 rows, 0 files encoded" in again[1]
 
 
