@@ -26,7 +26,8 @@ from llama_adapter_kernels.triton_kernels.host import (
     with_unit_stride,
     zero_tail,
 )
-from llama_adapter_kernels.triton_kernels.tuning import Tile, tile_for
+from llama_adapter_kernels.triton_kernels.tile_race import Tiles, choose, kind_of
+from llama_adapter_kernels.triton_kernels.tuning import Tile, is_forced, tile_for
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -212,26 +213,32 @@ def _words(
     inputs: _Inputs, statistics: _RowStatistics, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None
 ) -> None:
     size, q, k, v, do = inputs.size, inputs.query, inputs.key, inputs.value, inputs.doutput
-    keys = tile_for("backward_keys", q.dtype, size.head_dim, q.device)
-    queries = tile_for("backward_queries", q.dtype, size.head_dim, q.device)
-    key_blocks = 0 if dkey is None else blocks(size.seq_k, keys.block_n)
-    row_blocks = 0 if dquery is None else blocks(size.seq_q, queries.block_m)
     whole_axis = inputs.cu_seqlens_q is None or size.tokens
-    row_descriptors, key_descriptors = (
-        [descriptor(tensor, rows, size.block_d) if whole_axis else None for tensor in tensors]
-        for tensors, rows in (((q, do), keys.block_m), ((k, v), queries.block_n))
-    )
-    run(
-        backward_words_kernel, ((key_blocks + row_blocks * size.group) * size.heads_kv * size.batch,), q.device, keys,
-        q, k, v, inputs.prefix_key, inputs.prefix_value, inputs.gate, do, statistics.words,
-        statistics.windows, statistics.prefix_logsumexp, statistics.prefix_delta, dquery, dkey, dvalue,
-        inputs.mask.tensor, inputs.key_start, inputs.key_end, inputs.prefix_index, inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k, *row_descriptors, *key_descriptors,
-        strides(q), strides(k), strides(v), strides(inputs.prefix_key), strides(inputs.prefix_value), strides(do),
-        strides(dquery), strides(dkey), strides(dvalue), *gate_strides(inputs.gate), *inputs.mask.strides,
-        size.heads_q, size.heads_kv, size.group, *size.extents, inputs.scale, log2_scale(inputs.scale),
-        HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, KEYS_M=keys.block_m, KEYS_N=keys.block_n,
-        QUERIES_M=queries.block_m, QUERIES_N=queries.block_n, BLOCK_P=size.block_p, PREFIX=size.prefix,
-        CAUSAL=inputs.is_causal, MASK=inputs.mask.kind, TOKENS=size.tokens,
-        ALIGNMENT=alignment(q, k, v, inputs.prefix_key, inputs.prefix_value, do, dquery, dkey, dvalue),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        keys, queries = tiles
+        key_blocks = 0 if dkey is None else blocks(size.seq_k, keys.block_n)
+        row_blocks = 0 if dquery is None else blocks(size.seq_q, queries.block_m)
+        row_descriptors, key_descriptors = (
+            [descriptor(tensor, rows, size.block_d) if whole_axis else None for tensor in tensors]
+            for tensors, rows in (((q, do), keys.block_m), ((k, v), queries.block_n))
+        )
+        run(
+            backward_words_kernel, ((key_blocks + row_blocks * size.group) * size.heads_kv * size.batch,), q.device, keys,
+            q, k, v, inputs.prefix_key, inputs.prefix_value, inputs.gate, do, statistics.words,
+            statistics.windows, statistics.prefix_logsumexp, statistics.prefix_delta, dquery, dkey, dvalue,
+            inputs.mask.tensor, inputs.key_start, inputs.key_end, inputs.prefix_index, inputs.cu_seqlens_q,
+            inputs.cu_seqlens_k, *row_descriptors, *key_descriptors,
+            strides(q), strides(k), strides(v), strides(inputs.prefix_key), strides(inputs.prefix_value), strides(do),
+            strides(dquery), strides(dkey), strides(dvalue), *gate_strides(inputs.gate), *inputs.mask.strides,
+            size.heads_q, size.heads_kv, size.group, *size.extents, inputs.scale, log2_scale(inputs.scale),
+            HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, KEYS_M=keys.block_m, KEYS_N=keys.block_n,
+            QUERIES_M=queries.block_m, QUERIES_N=queries.block_n, BLOCK_P=size.block_p, PREFIX=size.prefix,
+            CAUSAL=inputs.is_causal, MASK=inputs.mask.kind, TOKENS=size.tokens,
+            ALIGNMENT=alignment(q, k, v, inputs.prefix_key, inputs.prefix_value, do, dquery, dkey, dvalue),
+        )  # fmt: skip
+
+    phases = ("backward_keys", "backward_queries")
+    default = tuple(tile_for(phase, q.dtype, size.head_dim, q.device) for phase in phases)
+    kind = kind_of("backward_words", q, size.seq_q, inputs.is_causal, size.tokens)
+    launch(choose(kind, q.device, default, is_forced(*phases), launch))

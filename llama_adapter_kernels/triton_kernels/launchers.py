@@ -22,7 +22,8 @@ from llama_adapter_kernels.triton_kernels.host import (
     with_unit_stride,
     zero_tail,
 )
-from llama_adapter_kernels.triton_kernels.tuning import Tile, tile_for
+from llama_adapter_kernels.triton_kernels.tile_race import Tiles, choose, kind_of
+from llama_adapter_kernels.triton_kernels.tuning import Tile, is_forced, tile_for
 
 _COMBINE_TILE = Tile(1, 0, 4, 1)
 
@@ -53,19 +54,26 @@ def forward(
     rows = (size.batch, size.heads_q, size.total_q) if cu_seqlens_q is None else (size.heads_q, size.total_q)
     logsumexp = torch.empty(rows, dtype=torch.float32, device=query.device)
     mask = mask_view(attn_mask)
-    tile = tile_for("forward", query.dtype, size.head_dim, query.device)
     whole_axis = cu_seqlens_q is None or size.tokens
-    run(
-        forward_kernel, (blocks(size.seq_q, tile.block_m) * size.heads_q * size.batch,), query.device, tile,
-        q, k, v, kp, vp, gate, output, logsumexp,
-        mask.tensor, key_start, key_end, prefix_index, cu_seqlens_q, cu_seqlens_k,
-        *(descriptor(tensor, tile.block_n, size.block_d) if whole_axis else None for tensor in (k, v)),
-        strides(q), strides(k), strides(v), strides(kp), strides(vp), strides(output),
-        *gate_strides(gate), *mask.strides, size.heads_q, size.group, *size.extents, log2_scale(scale),
-        HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_P=size.block_p,
-        PREFIX=size.prefix, CAUSAL=is_causal, MASK=mask.kind, ELEMENTWISE=attn_mask is not None or scale <= 0,
-        TOKENS=size.tokens, ALIGNMENT=alignment(q, k, v, kp, vp, output),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        (tile,) = tiles
+        run(
+            forward_kernel, (blocks(size.seq_q, tile.block_m) * size.heads_q * size.batch,), query.device, tile,
+            q, k, v, kp, vp, gate, output, logsumexp,
+            mask.tensor, key_start, key_end, prefix_index, cu_seqlens_q, cu_seqlens_k,
+            *(descriptor(tensor, tile.block_n, size.block_d) if whole_axis else None for tensor in (k, v)),
+            strides(q), strides(k), strides(v), strides(kp), strides(vp), strides(output),
+            *gate_strides(gate), *mask.strides, size.heads_q, size.group, *size.extents, log2_scale(scale),
+            HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_P=size.block_p, PREFIX=size.prefix, CAUSAL=is_causal, MASK=mask.kind,
+            ELEMENTWISE=attn_mask is not None or scale <= 0, TOKENS=size.tokens,
+            ALIGNMENT=alignment(q, k, v, kp, vp, output),
+        )  # fmt: skip
+
+    default = (tile_for("forward", query.dtype, size.head_dim, query.device),)
+    kind = kind_of("forward", query, size.seq_q, is_causal, size.tokens)
+    launch(choose(kind, query.device, default, is_forced("forward"), launch))
     if not size.tokens:
         zero_tail(output, cu_seqlens_q)
     return finish(output, query), logsumexp

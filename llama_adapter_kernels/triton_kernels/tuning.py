@@ -1,4 +1,4 @@
-"""Tile sizes: one short table per kind of card, instead of a search at the first call.
+"""Tile sizes: one short table per kind of card. A search at the first call is there for who asks for it (tile_race.py).
 
 An entry is (block_m query rows, block_n keys, warps, pipeline stages), chosen by phase, head_dim and whether elements
 have 2 or 4 bytes. The tests compile entries ahead of time and check that nothing spills inside a loop and that a block
@@ -112,6 +112,12 @@ def processors(device: torch.device) -> int:
 def table_entry(phase: str, dtype: torch.dtype, head_dim: int, card: str) -> Tile:
     entries = _SINGLE[phase] if dtype == torch.float32 else _HALF[card][phase]
     return next(tile for limit, tile in entries.items() if head_dim <= limit)
+
+
+def is_forced(*phases: str) -> bool:
+    """Whether `use_tiles` or the environment names the tile of one of these phases."""
+    chosen = {*_forced, *_from_environment(os.environ.get(TILES_VARIABLE, ""))}
+    return not chosen.isdisjoint(phases)
 
 
 def tile_for(phase: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Tile:

@@ -1,0 +1,173 @@
+"""Removes every mask, clamp, comparison and sign of the Triton kernels, one at a time, and looks whether a test notices.
+
+    python -m tests.triton.mutants [--only scores.py] [--lines 40-90] [--seconds 120]
+
+A mutant that no check kills is printed: either a case is missing, or the line has no effect and can go. Takes an hour on a
+core; not part of the test suite.
+"""
+
+import argparse
+import ast
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILES = (
+    "problem.py", "scores.py", "prefix.py", "tiles.py", "forward_kernel.py", "backward_rows.py", "backward_keys.py",
+    "backward_queries.py", "backward_words.py", "backward_prefix.py", "decode_kernels.py", "zero_tail.py",
+)  # fmt: skip
+COMPARISONS: dict[type, str] = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    begin: int  # offsets in the file
+    end: int
+    text: str  # what stands there instead
+    original: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.original!r} -> {self.text!r}"
+
+
+def mutants_of(file: str, source: str) -> Iterator[Mutant]:
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    encoded = source.encode()
+
+    def span(node: Any) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node: Any) -> str:
+        begin, end = span(node)
+        return encoded[begin:end].decode()
+
+    def replaced(node: Any, new: str) -> Mutant:
+        return Mutant(file, node.lineno, *span(node), new, text(node))
+
+    for function in ast.parse(source).body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in (inner for statement in function.body for inner in ast.walk(statement)):
+            if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+                new = COMPARISONS[type(node.ops[0])]
+                yield replaced(node, f"({text(node.left)} {new} {text(node.comparators[0])})")
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+                yield replaced(node, f"({text(node.left)})")
+                yield replaced(node, f"({text(node.right)})")
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+                yield replaced(node, f"({text(node.left)} + ({text(node.right)}))")
+            elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and "inf" not in text(node):
+                if not isinstance(node.operand, ast.Constant):
+                    yield replaced(node, f"({text(node.operand)})")
+            elif isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name in ("tl.minimum", "tl.maximum"):
+                    yield from (replaced(node, f"({text(argument)})") for argument in node.args)
+                elif name == "tl.where":
+                    yield from (replaced(node, f"({text(argument)})") for argument in node.args[1:])
+                elif name in ("tl.load", "tl.store"):
+                    for keyword in node.keywords:
+                        if keyword.arg == "mask":
+                            yield replaced(keyword, "mask=None")
+
+
+def checks() -> list[tuple[Callable[..., None], tuple[Any, ...]]]:
+    """What has to notice, quick and telling things first."""
+    import torch
+
+    from tests.support import triton_checks
+    from tests.triton import test_triton_attention, test_triton_behaviour, test_triton_extremes
+
+    cases = [(triton_checks.attention, (case, dtypes[0])) for case, dtypes in test_triton_attention.CASES]
+    packed = [entry for entry in cases if entry[1][0].lengths is not None]
+    windows = [entry for entry in cases if entry[1][0].window != "none"]
+    rest = [entry for entry in cases if entry not in packed and entry not in windows]
+    tails = [(triton_checks.tail_of_packed_rows_is_zero, (prefix,)) for prefix in ("shared", "sequence", "none")]
+    dtypes = [torch.float32, torch.float16] * 6
+    decodes = [(triton_checks.decode, pair) for pair in zip(test_triton_behaviour.DECODE, dtypes, strict=False)]
+    return [
+        rest[0], packed[-6], *decodes[:4], windows[2], *packed, *windows, *tails,
+        *((check, ()) for check in test_triton_behaviour.BEHAVIOUR), *decodes[4:], *test_triton_extremes.CHECKS, *rest[1:],
+    ]  # fmt: skip
+
+
+def outcome(mutant: Mutant, source: str, package: Path, seconds: int) -> str:
+    """Runs the checks on the mutant in a forked process: "killed", "survived" or "endless" (killed too, but by patience)."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(package, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        encoded = source.encode()
+        changed = encoded[: mutant.begin] + mutant.text.encode() + encoded[mutant.end :]
+        (Path(folder) / mutant.file).write_bytes(changed)
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            _run_checks(folder)
+        _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "endless"
+    return "survived" if code == 0 else "killed"
+
+
+def _run_checks(folder: str) -> None:
+    """In the child: never returns."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    try:
+        from llama_adapter_kernels import triton_kernels
+
+        triton_kernels.__path__ = [folder]
+        for check, arguments in checks():
+            check(*arguments)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="a file of the kernels; may be repeated")
+    parser.add_argument(
+        "--seconds", type=int, default=240, help="of processor time; a mutant that takes longer is endless"
+    )
+    parser.add_argument("--lines", help="first-last: only these lines")
+    arguments = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import triton  # noqa: F401  # so that each child need not
+
+    from tests.support import interpreter
+
+    torch.set_num_threads(1)
+    interpreter.prepare()
+    package = Path(__file__).parents[2] / "llama_adapter_kernels" / "triton_kernels"
+    first, last = map(int, (arguments.lines or "0-1000000").split("-"))
+    counts = dict.fromkeys(("killed", "survived", "endless"), 0)
+    for file in arguments.only or FILES:
+        source = (package / file).read_text()
+        for mutant in mutants_of(file, source):
+            if not first <= mutant.line <= last:
+                continue
+            found = outcome(mutant, source, package, arguments.seconds)
+            counts[found] += 1
+            if found != "killed":
+                print(f"{found}  {mutant}", flush=True)
+        print(file, counts, flush=True)
+    sys.exit(1 if counts["survived"] else 0)
+
+
+if __name__ == "__main__":
+    main()
