@@ -49,13 +49,14 @@ def test_opcheck_backward_and_decode(case: Case) -> None:
 @pytest.mark.parametrize("name", ["forward", "backward", "decode"])
 def test_every_implementation_takes_what_the_schema_says(name: str) -> None:
     """C++ is checked when it is compiled (csrc/op/bind.h); here the text it was compiled from, the fakes and Triton."""
-    from llama_adapter_kernels.triton_kernels import launchers
+    from llama_adapter_kernels.triton_kernels import backward_launcher, launchers
 
+    launcher = getattr(backward_launcher if name == "backward" else launchers, name)
     (text,) = (schema for schema in registration.SCHEMAS if schema.startswith(f"{name}("))
     for namespace in ("llama_adapter_kernels", "llama_adapter_kernels_triton"):
         schema = getattr(getattr(torch.ops, namespace), name).default._schema
         assert str(schema) == f"{namespace}::{text}"
-        for function in (getattr(registration, f"{name}_fake"), getattr(launchers, name)):
+        for function in (getattr(registration, f"{name}_fake"), launcher):
             assert list(inspect.signature(function).parameters) == [argument.name for argument in schema.arguments]
 
 
