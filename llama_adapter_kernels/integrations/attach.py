@@ -112,6 +112,10 @@ def load_adapter(
         theirs = ", ".join(f"{fact} {state.base[fact]}" for fact in different)
         ours = ", ".join(f"{fact} {own[fact]}" for fact in different)
         raise ValueError(f"{path}: the adapter was made for a model with {theirs}; this model has {ours}")
+    if reading.format == "litgpt" and state.config.prefix_rows == "own" and any(map(_has_key_norm, target.attentions)):
+        raise ValueError(
+            f"{path}: LitGPT does not norm the keys of prompts, as this model's adapters do: no such file fits it"
+        )
     if reading.format == "peft":
         state = peft.with_output_bias(state, dict(enumerate(map(_output_bias, target.attentions))))
     adapter = attach_state(model, state, name, source=str(path), trainable=trainable)
@@ -130,6 +134,10 @@ def attach_state(
     adapter = attach_adapter(model, state.config, name, trainable=trainable)
     adapter.load_tensors(state, source)
     return adapter
+
+
+def _has_key_norm(attention: Any) -> bool:
+    return any(getattr(attention, name, None) is not None for name in ("k_norm", "k_layernorm"))
 
 
 def _output_bias(attention: Any) -> Tensor | None:

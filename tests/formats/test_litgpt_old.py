@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import llama_adapter_kernels as lak
 from llama_adapter_kernels.formats import litgpt_writing
 from llama_adapter_kernels.formats.reading import Choices
 from llama_adapter_kernels.formats.registry import read_adapter
@@ -149,3 +150,13 @@ def test_files_that_do_not_fit(tmp_path: Path, change: dict[str, Tensor | None],
     torch.save({"model": merged}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message):
         read_adapter(tmp_path / "file.pth", choices=Choices())
+
+
+def test_models_that_norm_their_keys_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": version_1((1, 1, HEADS, 1))}, tmp_path / "file.pth")
+    model = small_llama()
+    for layer in model.model.layers:
+        layer.self_attn.k_norm = nn.RMSNorm(HEAD_DIM)
+    with pytest.raises(ValueError, match="LitGPT does not norm the keys of prompts"):
+        lak.load_adapter(model, tmp_path / "file.pth")
+    assert not lak.attached_adapters(model)
