@@ -25,7 +25,9 @@ def test_an_integer_mask_is_no_message() -> None:
     mask[..., :4] = False
     assert not torch.equal(logits(model, attention_mask=mask), logits(model))
     for dtype in (torch.int32, torch.int64, torch.int16):
-        with pytest.raises(ValueError, match=r"attn_mask: expected bool or a floating dtype, got torch\.int"):
+        with pytest.raises(
+            ValueError, match=r"attn_mask: expected bool, float32, bfloat16, float16 or float64, got torch\.int"
+        ):
             logits(model, attention_mask=mask.to(dtype))
         for shape in ((2, 1, 1, 2), (1, 1, 3, 11)):  # as compact masks once were
             with pytest.raises(ValueError, match="attn_mask: expected"):
