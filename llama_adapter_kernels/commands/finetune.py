@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from llama_adapter_kernels.errors import UserError
+
 Option = typer.Option
 
 
@@ -27,8 +29,12 @@ def finetune(
     epochs: Annotated[int, Option(help="Passes over the data.")] = 5,
     warmup_epochs: Annotated[float, Option(help="Linear warm-up; at most 2/5 of the run.")] = 2.0,
     max_steps: Annotated[int | None, Option(help="Stop after so many steps, whatever --epochs says.")] = None,
-    batch_size: Annotated[int, Option(help="Examples per step, over all processes.")] = 64,
-    micro_batch_size: Annotated[int, Option(help="Examples per process at a time: as many as memory allows.")] = 8,
+    batch_size: Annotated[int | None, Option(help="Examples per step, over all processes.  [default: 64]")] = None,
+    tokens_per_step: Annotated[int | None, Option(help="Or tokens per step, packed full.")] = None,
+    tokens_per_micro_batch: Annotated[
+        int | None, Option(help="Tokens per process at a time.  [default: what memory has room for]")
+    ] = None,
+    micro_batch_size: Annotated[int | None, Option(help="Or examples per process at a time, on average.")] = None,
     base_learning_rate: Annotated[float, Option(help="For 256 examples per step; scales with --batch-size.")] = 9e-3,
     weight_decay: Annotated[float, Option(help="AdamW's.")] = 0.02,
     max_gradient_norm: Annotated[float, Option(help="Clip the gradient's norm; 0: never.")] = 0.0,
@@ -57,6 +63,8 @@ def finetune(
     Defaults are the paper's recipe. Several GPUs or processes:
     torchrun --nproc-per-node N -m llama_adapter_kernels finetune ...
     """
+    if batch_size is not None and tokens_per_step is not None:
+        raise UserError("--batch-size, --tokens-per-step: expected one of them, got both")
     import torch
 
     from llama_adapter_kernels.training.finetune import finetune as run
@@ -72,7 +80,8 @@ def finetune(
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         max_steps=max_steps,
-        batch_size=batch_size,
+        batch_size=64 if batch_size is None else batch_size,
+        tokens_per_step=tokens_per_step,
         base_learning_rate=base_learning_rate,
         weight_decay=weight_decay,
         max_gradient_norm=max_gradient_norm,
@@ -87,6 +96,7 @@ def finetune(
         conditioning_rate=conditioning_rate,
     )
     execution = Execution(
+        tokens_per_micro_batch=tokens_per_micro_batch,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=gradient_checkpointing,
         save_steps=save_steps,

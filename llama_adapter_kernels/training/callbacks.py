@@ -14,22 +14,22 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
-from llama_adapter_kernels.training.packing import StepDataset
+from llama_adapter_kernels.training.packing import StepPlan
 
 log = logging.getLogger(__name__)
 
 
-class EpochOfData(TrainerCallback):
-    """Tells the data set which epoch it is, from the number of steps done: exact after a resume."""
+class Progress(TrainerCallback):
+    """Says which epoch it is: to transformers a run is one long epoch, as steps may go on from one epoch into the next."""
 
-    def __init__(self, dataset: StepDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)  # intervals as asked for now, not those of the resumed checkpoint
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.dataset.epoch = state.global_step // self.dataset.steps
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.epoch = state.global_step / self.plan.steps_per_epoch
 
 
 class CsvLog(TrainerCallback):

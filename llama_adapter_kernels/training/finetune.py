@@ -1,6 +1,7 @@
 """Fine-tuning of an adapter on instruction data: from files to files. The recipe is the paper's (arXiv 2303.16199)."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -23,16 +24,21 @@ from llama_adapter_kernels.models import (
 )
 from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import MEDIA, Example, Row, read_rows, tokenize
-from llama_adapter_kernels.training.packing import StepDataset
+from llama_adapter_kernels.training.memory import fitting_tokens
+from llama_adapter_kernels.training.packing import StepDataset, StepPlan
 from llama_adapter_kernels.training.run_folder import (
+    CAPACITY,
     CSV_FILE,
+    RUN_FILE,
     TENSORBOARD_FOLDER,
     check_output,
     claim,
     data_fingerprint,
     prepare_output,
+    remember_capacity,
+    remembered_capacity,
 )
-from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings, check_settings
+from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings, check_settings, option
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +91,7 @@ def finetune(
     examples = tokenize(rows, tokenizer, settings.max_length)
     if not any(example.prompt_length < len(example) for example in examples):
         raise UserError(f"{data}: no example has room for a response within {settings.max_length} tokens")
+    check_budgets(examples, settings, execution)
     network = load_model(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
     check_tokens(examples, network)
     run = {
@@ -226,14 +233,16 @@ def train(
     from llama_adapter_kernels.training import callbacks as reporting
     from llama_adapter_kernels.training import trainer as training
 
+    check_budgets(examples, settings, execution)
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    plan = plan_steps(examples, settings)
+    learning_rate = settings.learning_rate_for(plan.examples_per_step)
     arguments = TrainingArguments(
         output_dir=str(output),
         use_cpu=execution.on_cpu,
         per_device_train_batch_size=1,  # of micro-batches
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
+        max_steps=plan.total_steps,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
@@ -254,16 +263,14 @@ def train(
         seed=settings.seed,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, never DataParallel
-    micro_batches = arguments.world_size * -(
-        -settings.batch_size // (execution.micro_batch_size * arguments.world_size)
-    )
-    dataset = StepDataset(examples, settings.batch_size, micro_batches, settings.seed)
-    total_steps = settings.max_steps or settings.epochs * dataset.steps
+    micro_batches = micro_batches_of(plan, network, adapter, settings, execution, arguments, output, checkpoint)
+    dataset = StepDataset(examples, plan, micro_batches)
+    total_steps = plan.total_steps
     arguments.gradient_accumulation_steps = micro_batches // arguments.world_size
-    arguments.save_steps = execution.save_steps or min(dataset.steps, 500)
-    arguments.warmup_steps = warmup_steps(settings, dataset.steps, total_steps)
+    arguments.save_steps = execution.save_steps or min(math.ceil(plan.steps_per_epoch), 500)
+    arguments.warmup_steps = warmup_steps(settings, plan.steps_per_epoch, total_steps)
 
-    own: list[Any] = [reporting.EpochOfData(dataset), reporting.LogEnds(), reporting.CsvLog(output / CSV_FILE)]
+    own: list[Any] = [reporting.Progress(plan), reporting.LogEnds(), reporting.CsvLog(output / CSV_FILE)]
     if execution.tensorboard and arguments.process_index == 0:
         own += _tensorboard(output / TENSORBOARD_FOLDER)
     trainer = training.AdapterTrainer(
@@ -272,9 +279,10 @@ def train(
     stop = reporting.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
     log.info(
-        "%d examples, %d tokens; %d trainable of %d parameters; %d steps of %d examples, learning rate %.3g",
-        len(examples), sum(map(len, examples)), trainable,
-        sum(p.numel() for p in network.parameters()), total_steps, settings.batch_size, settings.learning_rate,
+        "%d examples, %d tokens; %d trainable of %d parameters; %d steps of %.4g examples in %d micro-batches, learning "
+        "rate %.3g",
+        len(examples), sum(map(len, examples)), trainable, sum(p.numel() for p in network.parameters()), total_steps,
+        plan.examples_per_step, micro_batches, learning_rate,
     )  # fmt: skip
     started, done = time.monotonic(), step_of(checkpoint) if checkpoint else 0
     if done > total_steps:
@@ -300,6 +308,61 @@ def train(
     )
 
 
+def check_budgets(examples: Sequence[Example], settings: Settings, execution: Execution) -> None:
+    """Raises UserError where a step or a micro-batch has no room for the longest example, or a process gets none."""
+    longest = max(map(len, examples))
+    budgets = {"tokens_per_step": settings.tokens_per_step, CAPACITY: execution.tokens_per_micro_batch}
+    for name, budget in budgets.items():
+        if budget is not None and budget < longest:
+            raise UserError(
+                f"{option(name)}: expected at least {longest}, the longest example (--max-length shortens it); got {budget}"
+            )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if len(examples) < processes:
+        raise UserError(f"expected at most as many processes as examples, {len(examples)}; got {processes}")
+
+
+def plan_steps(examples: Sequence[Example], settings: Settings) -> StepPlan:
+    """Which examples make up which step."""
+    return StepPlan([len(example) for example in examples], settings.seed, batch_size=settings.batch_size,
+                    tokens_per_step=settings.tokens_per_step, epochs=settings.epochs,
+                    max_steps=settings.max_steps)  # fmt: skip
+
+
+def micro_batches_of(
+    plan: StepPlan, network: Any, adapter: "lak.ZeroGateAdapter", settings: Settings, execution: Execution,
+    arguments: Any, output: Path, checkpoint: Path | None,
+) -> int:  # fmt: skip
+    """Into how many micro-batches each step is dealt out, over all processes."""
+    processes = int(arguments.world_size)
+    if execution.micro_batch_size is not None:
+        return processes * math.ceil(plan.examples_per_step / (execution.micro_batch_size * processes))
+    capacity = execution.tokens_per_micro_batch
+    if capacity is None:
+        capacity = remembered_capacity(output) if checkpoint else None
+    if capacity is None:
+        low = execution.gradient_checkpointing
+        lowest = min(map(int, adapter.layers), default=0)
+        layers = network.config.get_text_config().num_hidden_layers - lowest
+        fitting = fitting_tokens(network, layers, arguments.device, low=low)
+        capacity = max(least_of_processes(fitting, arguments.device), plan.longest)
+    if arguments.process_index == 0 and (output / RUN_FILE).exists():
+        remember_capacity(output, capacity)
+    return plan.micro_batches(capacity, processes)
+
+
+def least_of_processes(number: int, device: Any) -> int:
+    """The smallest of the numbers that the processes have; all must call it."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return number
+    least = torch.tensor(number, device=device)
+    distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
+    return int(least)
+
+
 def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
     """Prompts in the topmost layers; by default in all but the lowest two, as the paper has it for LLaMA-7B."""
     available = network.config.num_hidden_layers
@@ -312,7 +375,7 @@ def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
     )  # fmt: skip
 
 
-def warmup_steps(settings: Settings, steps_per_epoch: int, total_steps: int) -> int:
+def warmup_steps(settings: Settings, steps_per_epoch: float, total_steps: int) -> int:
     """Steps of the linear warm-up; at most two fifths, as in the recipe, where a run is shorter than its warm-up."""
     return min(round(settings.warmup_epochs * steps_per_epoch), round(0.4 * total_steps))
 

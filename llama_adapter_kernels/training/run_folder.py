@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 CSV_FILE = "training_log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
-_LENGTH = ("epochs", "max_steps")  # settings that a resumed run may change: it goes on for longer
+CAPACITY = "tokens_per_micro_batch"
+# What a resumed run may change: it goes on for longer, and other micro-batches change rounding alone.
+_MAY_CHANGE = ("epochs", "max_steps", CAPACITY)
 _MEANING = {"data_sha256": "the data", "base_sha256": "the base model's weights"}
 
 
@@ -84,7 +86,7 @@ def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
     try:
         remove_leftovers(output)
         if resume and path.exists():
-            _check_same(output, run)
+            run |= _check_same(output, run)
         else:
             for folder in checkpoints(output):
                 remove(folder)
@@ -104,20 +106,46 @@ def data_fingerprint(rows: Sequence[Row], examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _check_same(output: Path, run: dict[str, Any]) -> None:
+def remembered_capacity(output: Path) -> int | None:
+    """Tokens per micro-batch that the run in `output` was carried out with; None where it is new."""
+    try:
+        found: int | None = json.loads((output / RUN_FILE).read_bytes()).get(CAPACITY)
+        return found
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def remember_capacity(output: Path, capacity: int) -> None:
+    """Notes it, so that a resumed run rounds as an unbroken one does, however much memory is free then."""
     path = output / RUN_FILE
     try:
-        earlier = _flat(json.loads(path.read_bytes()))
+        write_whole(path, json.dumps({**json.loads(path.read_bytes()), CAPACITY: capacity}, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s", path, error)
+
+
+def _check_same(output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What the noted run has and `run` does not know yet.
+
+    Raises:
+        UserError: they are different runs.
+    """
+    path = output / RUN_FILE
+    try:
+        noted = json.loads(path.read_bytes())
+        earlier = _flat(noted)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path} cannot be read: the run cannot go on, --overwrite starts it anew") from None
     now = _flat(json.loads(json.dumps(run)))
     differences = [
         f"{_MEANING[name]} changed" if name in _MEANING else f"{name} was {earlier.get(name)}, is {now.get(name)}"
         for name in sorted(earlier | now)
-        if earlier.get(name) != now.get(name) and name not in (*_LENGTH, "model")  # the weights say which model it is
+        if earlier.get(name) != now.get(name)
+        and name not in (*_MAY_CHANGE, "model")  # the weights say which model it is
     ]
     if differences:
         raise UserError(f"{output}: --resume needs the run's own settings, data and model: {'; '.join(differences)}")
+    return {CAPACITY: noted[CAPACITY]} if CAPACITY in noted else {}
 
 
 def _check_creatable(output: Path) -> None:

@@ -24,6 +24,7 @@ class Settings:
     warmup_epochs: float = 2.0
     max_steps: int | None = None
     batch_size: int = 64  # examples per optimizer step, over all processes
+    tokens_per_step: int | None = None  # or so many tokens per step at most; batch_size does not count then
     base_learning_rate: float = 9e-3  # for 256 examples per step; scaled with the batch size
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
@@ -40,14 +41,19 @@ class Settings:
 
     @property
     def learning_rate(self) -> float:
-        return self.base_learning_rate * self.batch_size / SCHEDULED_BATCH_SIZE
+        """For `batch_size` examples per step."""
+        return self.learning_rate_for(self.batch_size)
+
+    def learning_rate_for(self, examples_per_step: float) -> float:
+        return self.base_learning_rate * examples_per_step / SCHEDULED_BATCH_SIZE
 
 
 @dataclass(frozen=True)
 class Execution:
     """How a run is carried out: changes speed, memory and what is written, the results by rounding only."""
 
-    micro_batch_size: int = 8  # examples per process at a time, on average
+    tokens_per_micro_batch: int | None = None  # per process at a time, at most; None: what memory has room for
+    micro_batch_size: int | None = None  # or examples per process at a time, on average
     gradient_checkpointing: bool = False
     save_steps: int | None = None  # None: every epoch, at least every 500 steps
     keep_checkpoints: int = 2
@@ -64,6 +70,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 1_000_000), "warmup_epochs": (0, 1_000_000),
     "max_steps": (1, 10**12), "batch_size": (1, 10**9), "base_learning_rate": (0, 1e6), "weight_decay": (0, 1e6),
     "max_gradient_norm": (0, 1e12), "max_length": (8, 10**9), "seed": (0, 2**32 - 1), "micro_batch_size": (1, 10**9),
+    "tokens_per_step": (8, 10**12), "tokens_per_micro_batch": (8, 10**12),
     "save_steps": (1, 10**12), "conditioning_rate": (0, 1e6), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),
 }  # fmt: skip
 _CHOICES = {
@@ -89,6 +96,8 @@ def check_settings(settings: Settings, execution: Execution) -> None:
             raise UserError(f"{option(name)}: expected {' or '.join(choices)}, got {values[name]!r}")
     if not all(0 <= beta < 1 for beta in settings.betas):
         raise UserError(f"betas: expected two numbers from 0 to below 1, got {settings.betas}")
+    if execution.micro_batch_size is not None and execution.tokens_per_micro_batch is not None:
+        raise UserError("--micro-batch-size, --tokens-per-micro-batch: expected one of them, got both")
     if settings.image_encoder is not None and settings.audio_encoder is not None:
         raise UserError("--image-encoder, --audio-encoder: expected one of them, got both")
     check_dtype(settings.dtype, on_cpu=execution.on_cpu)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,63 @@ def test_micro_batches_do_not_change_the_losses(
     assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
     for name, tensor in weights(output).items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_token_budgets_do_not_depend_on_micro_batches(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Steps of 512 tokens at once, in halves and in quarters: the same losses, also for the last, shorter step."""
+    settings = replace(SHORT, tokens_per_step=512)
+    runs = []
+    for capacity in (512, 256, 128, None):
+        execution = replace(QUIET, micro_batch_size=None, tokens_per_micro_batch=capacity)
+        runs.append(run(tiny_model, rows_file, tmp_path / str(capacity), settings, execution=execution))
+    assert runs[0].step > 3
+    for other in runs[1:]:
+        assert other.losses == pytest.approx(runs[0].losses, rel=1e-5)
+    noted = [
+        json.loads((tmp_path / name / "run.json").read_text())["tokens_per_micro_batch"] for name in ("256", "None")
+    ]
+    assert noted[0] == 256
+    assert noted[1] >= 512
+
+
+@pytest.mark.parametrize(
+    ("settings", "execution", "said"),
+    [
+        ({"tokens_per_step": 20}, {}, r"--tokens-per-step: expected at least \d+, the longest example .*; got 20"),
+        ({}, {"tokens_per_micro_batch": 20, "micro_batch_size": None},
+         r"--tokens-per-micro-batch: expected at least \d+, the longest example .*; got 20"),
+        ({}, {"tokens_per_micro_batch": 999}, "--micro-batch-size, --tokens-per-micro-batch: expected one of them"),
+    ],
+)  # fmt: skip
+def test_budgets_that_fit_nothing(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, settings: dict[str, Any], execution: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        run(tiny_model, rows_file, tmp_path / "run", replace(SHORT, **settings), execution=replace(QUIET, **execution))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_examples(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "23")
+    with pytest.raises(UserError, match="expected at most as many processes as examples, 22; got 23"):
+        run(tiny_model, rows_file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_micro_batches(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much memory is free then: other micro-batches would round otherwise."""
+    execution = replace(QUIET, micro_batch_size=None)
+    monkeypatch.setattr(fine_tuning, "fitting_tokens", lambda *_, **__: 300)
+    run(tiny_model, rows_file, tmp_path / "run", replace(SHORT, max_steps=3), execution=execution)
+    whole = run(tiny_model, rows_file, tmp_path / "whole", replace(SHORT, max_steps=6), execution=execution)
+    monkeypatch.setattr(fine_tuning, "fitting_tokens", lambda *_, **__: pytest.fail("asked again"))
+    longer = run(tiny_model, rows_file, tmp_path / "run", replace(SHORT, max_steps=6), execution=execution, resume=True)
+    assert longer.losses.keys() == whole.losses.keys()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["tokens_per_micro_batch"] == 300
 
 
 def command(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
