@@ -49,7 +49,7 @@ def test_the_libraries_load() -> None:
 
 def test_every_reference_of_the_cuda_library_is_bound() -> None:
     """By the dynamic linker, at loading (LD_BIND_NOW); torch's own functions to the libraries torch has loaded."""
-    run = child("import llama_adapter_kernels", LD_BIND_NOW="1", LD_DEBUG="bindings")
+    run = child("import torch, llama_adapter_kernels", LD_BIND_NOW="1", LD_DEBUG="bindings")
     assert run.returncode == 0, run.stderr[-2000:]
     bound: dict[str, str] = {}
     for line in run.stderr.splitlines():
@@ -68,7 +68,7 @@ def test_every_reference_of_the_cuda_library_is_bound() -> None:
 def test_the_lookup_ends_in_torch() -> None:
     """The function that was found answers: torch refuses a device number that no machine has, instead of a null call."""
     run = child(
-        "import ctypes, llama_adapter_kernels\nfrom llama_adapter_kernels.ops import cuda_library\n"
+        "import ctypes, torch, llama_adapter_kernels\nfrom llama_adapter_kernels.ops import cuda_library\n"
         "library = ctypes.CDLL(str(cuda_library.LIBRARY))\nstream = ctypes.c_void_p()\n"
         "print('answer', library.lak_cuda_current_stream(99, ctypes.byref(stream)))"
     )
