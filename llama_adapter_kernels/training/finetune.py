@@ -6,28 +6,32 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.media.encoders import Encoder, load_encoder
 from llama_adapter_kernels.models import (
-    adapter_error_as_user_error,
-    context_length,
     load_model,
     load_tokenizer,
     pick_dtype,
-    skeleton,
     weights_fingerprint,
 )
 from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.data import MEDIA, Example, Row, read_rows, tokenize
+from llama_adapter_kernels.training.data import Example, read_rows, tokenize
 from llama_adapter_kernels.training.memory import fitting_tokens
 from llama_adapter_kernels.training.packing import StepDataset, StepPlan
+from llama_adapter_kernels.training.preparation import (
+    attach,
+    attach_senses,
+    check_budgets,
+    check_media,
+    check_tokens,
+    encoder_of,
+    fitted_settings,
+)
 from llama_adapter_kernels.training.run_folder import (
-    CAPACITY,
     CSV_FILE,
     RUN_FILE,
     TENSORBOARD_FOLDER,
@@ -38,7 +42,7 @@ from llama_adapter_kernels.training.run_folder import (
     remember_capacity,
     remembered_capacity,
 )
-from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings, check_settings, option
+from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
 
 log = logging.getLogger(__name__)
 
@@ -110,30 +114,6 @@ def finetune(
         return train(network, adapter, examples, output, settings, execution, checkpoint=checkpoint)
 
 
-def fitted_settings(model: str, settings: Settings) -> Settings:
-    """The settings with what the model decides filled in, checked against the model before its weights are loaded.
-
-    Raises:
-        UserError: there is no such model, or the settings do not fit it.
-    """
-    empty = skeleton(model)
-    context = context_length(empty.config)
-    length = settings.max_length
-    if length is None:
-        length = min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
-    if context is not None and length > context:
-        raise UserError(f"--max-length: expected at most {context} (the model's context), got {length}")
-    attach(empty, settings)
-    return replace(settings, max_length=length)
-
-
-def check_tokens(examples: Sequence[Example], network: Any) -> None:
-    """Raises UserError where the tokenizer knows tokens that the model does not."""
-    largest, known = max(max(example.tokens) for example in examples), network.get_input_embeddings().num_embeddings
-    if largest >= known:
-        raise UserError(f"the tokenizer gives token {largest}, the model knows {known}: they do not belong together")
-
-
 def checkpoint_to_resume(output: Path) -> Path | None:
     """The newest whole checkpoint, with a word about newer ones that are not; None: from the beginning."""
     whole, broken = last_whole_checkpoint(output)
@@ -142,68 +122,6 @@ def checkpoint_to_resume(output: Path) -> Path | None:
     if whole is None:
         log.warning("%s: no whole checkpoint yet: starting from the beginning", output)
     return whole
-
-
-def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> "lak.ZeroGateAdapter":
-    """Gives the model the adapter to train, a new one or the one of a checkpoint; everything else is frozen.
-
-    Raises:
-        UserError: settings or checkpoint do not fit the model.
-    """
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    with adapter_error_as_user_error():
-        if checkpoint:
-            return lak.load_adapter(network, checkpoint)
-        return lak.attach_adapter(network, adapter_config(network, settings))
-
-
-def check_media(data: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Raises UserError where rows have pictures or sounds and no encoder is given for them, or the other way round."""
-    for kind in MEDIA:
-        encoder = getattr(settings, f"{kind}_encoder")
-        number = next((number for number, row in enumerate(rows, 1) if getattr(row, kind) is not None), None)
-        if number is not None and encoder is None:
-            raise UserError(f'{data}, row {number}: it has "{kind}"; expected --{kind}-encoder to see or hear it with')
-        if number is None and encoder is not None:
-            raise UserError(f'--{kind}-encoder {encoder}: expected rows with "{kind}" in {data}, none has it')
-
-
-def encoder_of(settings: Settings) -> Encoder | None:
-    """The encoder that the settings name; None if they name none.
-
-    Raises:
-        UserError: there is no such encoder.
-    """
-    for kind in MEDIA:
-        name = getattr(settings, f"{kind}_encoder")
-        if name is not None:
-            return load_encoder(name, kind)
-    return None
-
-
-def attach_senses(
-    network: Any, encoder: Encoder | None, settings: Settings, execution: Execution, checkpoint: Path | None = None
-) -> "lak.Conditioning | None":
-    """Lets the attached adapter see or hear through `encoder`, if there is one; as in a checkpoint, or anew.
-
-    Raises:
-        UserError: the encoder does not fit the settings or the checkpoint.
-    """
-    if encoder is None:
-        return None
-    sizes: dict[str, Any] = dict(settings.conditioning_sizes)
-    with adapter_error_as_user_error():
-        if checkpoint is not None:
-            conditioning = lak.load_conditioning(network, checkpoint, encoder)
-        else:
-            conditioning = lak.attach_conditioning(
-                network, encoder, kind=settings.conditioning, modality=encoder.modality, fusion=settings.fusion, **sizes
-            )
-        if execution.features is not None:
-            conditioning.keep_features_in(execution.features)
-    return conditioning
 
 
 def train(
@@ -308,20 +226,6 @@ def train(
     )
 
 
-def check_budgets(examples: Sequence[Example], settings: Settings, execution: Execution) -> None:
-    """Raises UserError where a step or a micro-batch has no room for the longest example, or a process gets none."""
-    longest = max(map(len, examples))
-    budgets = {"tokens_per_step": settings.tokens_per_step, CAPACITY: execution.tokens_per_micro_batch}
-    for name, budget in budgets.items():
-        if budget is not None and budget < longest:
-            raise UserError(
-                f"{option(name)}: expected at least {longest}, the longest example (--max-length shortens it); got {budget}"
-            )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if len(examples) < processes:
-        raise UserError(f"expected at most as many processes as examples, {len(examples)}; got {processes}")
-
-
 def plan_steps(examples: Sequence[Example], settings: Settings) -> StepPlan:
     """Which examples make up which step."""
     return StepPlan([len(example) for example in examples], settings.seed, batch_size=settings.batch_size,
@@ -361,18 +265,6 @@ def least_of_processes(number: int, device: Any) -> int:
     least = torch.tensor(number, device=device)
     distributed.all_reduce(least, op=distributed.ReduceOp.MIN)
     return int(least)
-
-
-def adapter_config(network: Any, settings: Settings) -> "lak.AdapterConfig":
-    """Prompts in the topmost layers; by default in all but the lowest two, as the paper has it for LLaMA-7B."""
-    available = network.config.num_hidden_layers
-    layers = max(1, available - 2) if settings.layers is None else settings.layers
-    if not 1 <= layers <= available:
-        raise UserError(f"--layers: the model has {available} layers, got {layers}")
-    return lak.AdapterConfig(
-        prefix_length=settings.prefix_length, num_layers=layers, gate=settings.gate, gate_shape=settings.gate_shape,
-        tuning=lak.Tuning(lora_rank=settings.lora_rank) if settings.v2 else None,
-    )  # fmt: skip
 
 
 def warmup_steps(settings: Settings, steps_per_epoch: float, total_steps: int) -> int:

@@ -90,7 +90,7 @@ def test_the_conditioning_learns_at_its_own_rate(
     torch.manual_seed(0)
     from llama_adapter_kernels.media.encoders import load_encoder
     from llama_adapter_kernels.models import load_model
-    from llama_adapter_kernels.training.finetune import attach, attach_senses
+    from llama_adapter_kernels.training.preparation import attach, attach_senses
 
     network = load_model(str(tiny_model), torch.float32)
     attach(network, settings(encoder))

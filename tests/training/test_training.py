@@ -21,9 +21,10 @@ from llama_adapter_kernels.training import finetune as fine_tuning
 from llama_adapter_kernels.training.callbacks import read_csv_log
 from llama_adapter_kernels.training.checkpoints import STAGING, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import read_rows, tokenize
-from llama_adapter_kernels.training.finetune import Outcome, attach, train
+from llama_adapter_kernels.training.finetune import Outcome, train
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
+from llama_adapter_kernels.training.preparation import attach, fitted_settings
 from llama_adapter_kernels.training.run_folder import CSV_FILE
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
 from tests.support.runs import QUIET, SHORT, run, weights
@@ -254,11 +255,11 @@ def test_settings_out_of_range(
 
 
 def test_the_default_length_is_the_papers_or_the_models(tiny_model: Path, tmp_path: Path) -> None:
-    assert fine_tuning.fitted_settings(str(tiny_model), SHORT).max_length == 512
+    assert fitted_settings(str(tiny_model), SHORT).max_length == 512
     shutil.copytree(tiny_model, tmp_path / "short")
     config = tmp_path / "short" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100}))
-    assert fine_tuning.fitted_settings(str(tmp_path / "short"), SHORT).max_length == 100
+    assert fitted_settings(str(tmp_path / "short"), SHORT).max_length == 100
 
 
 def test_models_that_are_none(rows_file: Path, tmp_path: Path) -> None:
