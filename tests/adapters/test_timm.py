@@ -17,7 +17,8 @@ def test_timm() -> None:
         pytest.skip(f"timm is not installed, neither here nor in {FOLDER}, where `make install` puts it")
     path = os.pathsep.join([str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/adapters/timm_models.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/adapters/timm_models.py",
+         "tests/examples/test_examples.py::test_example[timm_vit]"],
         env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-NEEDS = {"transformers_trainer": "accelerate", "packed_batches": "transformers", "image_conditioned": "PIL"}
+NEEDS = {
+    "transformers_trainer": "accelerate", "packed_batches": "transformers", "many_adapters": "transformers", "image_conditioned": "PIL",
+    "roberta_classification": "transformers", "timm_vit": "timm",  # runs in tests/adapters/test_timm.py otherwise
+}  # fmt: skip
 SAYS = {
     "image_conditioned": ["with an image: logits differ by", "generated: torch.Size([2, 20])"],
     "operation": ["gate 0: at most", "gate 0.5: at most"],
+    "many_adapters": ["base model", "the same as alone", "left: haiku"],
+    "roberta_classification": ["adapter: 1,032 of ", "more than two thirds, adapter and head: 9"],
+    "timm_vit": ["5 to 9, adapter and head: 8", "adapter: 1,164 of "],
     "decode": ["sequence 0: 12 tokens after 24", "sequence 1: 12 tokens after 7"],
     "packed_batches": ["one row of 448 tokens", "padded, the same batch would have 1000"],
     "transformers_trainer": ["9,630 of ", "with:    ['It lets the prompt in.', 'At zero, so nothing changes.']"],
@@ -29,6 +35,7 @@ def test_example(
     said = capsys.readouterr().out
     for words in SAYS.get(path.stem, []):
         assert words in said
+    assert "not the same" not in said
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
