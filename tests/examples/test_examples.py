@@ -8,7 +8,8 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NEEDS = {
-    "transformers_trainer": "accelerate", "packed_batches": "transformers", "many_adapters": "transformers", "image_conditioned": "PIL",
+    "transformers_trainer": "accelerate", "packed_batches": "transformers", "many_adapters": "transformers",
+    "image_conditioned": "PIL",
     "roberta_classification": "transformers", "timm_vit": "timm",  # runs in tests/adapters/test_timm.py otherwise
 }  # fmt: skip
 SAYS = {
