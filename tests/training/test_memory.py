@@ -1,0 +1,48 @@
+"""The model of a step's memory, beside what autograd really keeps."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llama_adapter_kernels as lak
+from llama_adapter_kernels.training.data import Example
+from llama_adapter_kernels.training.loss import response_loss
+from llama_adapter_kernels.training.memory import MOST_TOKENS, activation_bytes, fitting_tokens
+from llama_adapter_kernels.training.packing import pack
+
+CONFIG = LlamaConfig(vocab_size=96, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
+                     num_key_value_heads=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forward_pass_keeps_what_the_model_says(dtype: torch.dtype) -> None:
+    model = LlamaForCausalLM(CONFIG).to(dtype)
+    lak.attach_adapter(model, lak.AdapterConfig(num_layers=4))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    batch = pack([Example(tuple(3 + (7 * i) % 90 for i in range(256)), 128)] * 4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        response_loss(model, batch)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1024
+    assert activation_bytes(model.config, 4, dtype.itemsize) == pytest.approx(measured, rel=0.02)
+    assert activation_bytes(model.config, 4, dtype.itemsize, low=True) < 0.5 * measured
+
+
+def test_what_fits_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    model, cpu = LlamaForCausalLM(CONFIG), torch.device("cpu")
+    free = 100 * activation_bytes(CONFIG, 4, 4)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": free})())
+    assert fitting_tokens(model, 4, cpu) == 60
+    assert fitting_tokens(model, 2, cpu) == 120
+    assert fitting_tokens(model, 4, cpu, low=True) > 120
+    free = 10**12
+    assert fitting_tokens(model, 4, cpu) == MOST_TOKENS["cpu"]
