@@ -12,13 +12,11 @@ if TYPE_CHECKING:
     from llama_adapter_kernels.adapters.v2 import Tuning
     from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
     from llama_adapter_kernels.integrations.architectures import Architecture, Fused, Heads, Separate
-    from llama_adapter_kernels.integrations.attach import (
+    from llama_adapter_kernels.integrations.attach import attach_adapter, detach_adapter, load_adapter
+    from llama_adapter_kernels.integrations.choosing import (
         adapters_per_sequence,
-        attach_adapter,
         attached_adapters,
-        detach_adapter,
         limit_frozen_prefixes,
-        load_adapter,
         set_adapter,
     )
     from llama_adapter_kernels.integrations.conditioning import Conditioning, attach_conditioning, load_conditioning
@@ -42,18 +40,18 @@ _LAZY = {
     "Separate": "integrations.architectures",
     "Tuning": "adapters.v2",
     "ZeroGateAdapter": "integrations.adapter",
-    "adapters_per_sequence": "integrations.attach",
+    "adapters_per_sequence": "integrations.choosing",
     "attach_adapter": "integrations.attach",
     "attach_conditioning": "integrations.conditioning",
-    "attached_adapters": "integrations.attach",
+    "attached_adapters": "integrations.choosing",
     "available_backends": "ops.backends",
     "detach_adapter": "integrations.attach",
     "known_architectures": "integrations.registry",
-    "limit_frozen_prefixes": "integrations.attach",
+    "limit_frozen_prefixes": "integrations.choosing",
     "load_adapter": "integrations.attach",
     "load_conditioning": "integrations.conditioning",
     "register_architecture": "integrations.registry",
-    "set_adapter": "integrations.attach",
+    "set_adapter": "integrations.choosing",
     "use_backend": "ops.backends",
     "zero_gate_attention": "ops.attention",
     "zero_gate_attention_varlen": "ops.attention",

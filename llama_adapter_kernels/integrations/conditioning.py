@@ -17,7 +17,7 @@ from llama_adapter_kernels.adapters.precision import KeepsFloat32
 from llama_adapter_kernels.formats.files import read_json, read_safetensors, write_whole
 from llama_adapter_kernels.formats.visual import find_conditioning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
-from llama_adapter_kernels.integrations.attach import adapters_per_sequence, attached_adapters
+from llama_adapter_kernels.integrations.choosing import adapters_per_sequence, attached_adapters
 from llama_adapter_kernels.media.encoders import Encoder, load_encoder
 from llama_adapter_kernels.media.features import FeatureStore
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from llama_adapter_kernels.formats import native
-from llama_adapter_kernels.integrations.attach import attached_adapters
+from llama_adapter_kernels.integrations.choosing import attached_adapters
 
 
 class AdapterTrainerMixin:
