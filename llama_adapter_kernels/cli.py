@@ -28,6 +28,7 @@ from llama_adapter_kernels.errors import UserError
 _EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "sentencepiece"), "transformers") | {
     "matplotlib": "bench",
     "peft": "peft",
+    "pyarrow": "data",
     "gguf": "gguf",
 }
 

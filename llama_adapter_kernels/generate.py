@@ -19,10 +19,14 @@ from llama_adapter_kernels.integrations.conditioning import has_conditioning
 from llama_adapter_kernels.models import (
     adapter_error_as_user_error,
     context_length,
-    load_model_and_tokenizer,
+    load_model,
+    load_tokenizer,
     skeleton,
 )
-from llama_adapter_kernels.training.data import Row, prompt_tokens, read_rows
+from llama_adapter_kernels.training.data import Row, read_rows
+from llama_adapter_kernels.training.run_folder import noted_template
+from llama_adapter_kernels.training.templates import Alpaca, Template, choose_template
+from llama_adapter_kernels.training.tokens import prompt_tokens
 
 _WINDOW = 16  # batches among which `answer_all` sorts by length
 COLDEST = 1e-6  # logits divided by less than this may overflow
@@ -48,12 +52,14 @@ class Sampling:
 class Answerer:
     """A model, its tokenizer and, where one is attached, its adapter."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, template: Template | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.template = template or Alpaca()
         self.context = context_length(model.config) or sys.maxsize
         ends = model.generation_config.eos_token_id
-        self.end_tokens = sorted({tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])} - {None})
+        ends = [ends] if isinstance(ends, int) else ends or []
+        self.end_tokens = sorted({tokenizer.eos_token_id, *ends, *self.template.end_tokens()} - {None})
         if not self.end_tokens:
             raise UserError("neither model nor tokenizer has an end-of-sequence token: an answer would never end")
 
@@ -67,7 +73,7 @@ class Answerer:
         Raises:
             UserError: a prompt leaves no room in the model's context.
         """
-        prompts = [prompt_tokens(row, self.tokenizer) for row in rows]
+        prompts = [prompt_tokens(row, self.tokenizer, self.template) for row in rows]
         streamer = None if stream is None else _streamer(self.tokenizer, stream)
         with self._seeing(rows):
             answers = self.continuations(prompts, sampling, streamer)
@@ -115,7 +121,7 @@ class Answerer:
         """
         for start in range(0, len(rows), _WINDOW * batch_size):
             window = range(start, min(start + _WINDOW * batch_size, len(rows)))
-            lengths = {i: len(prompt_tokens(rows[i], self.tokenizer)) for i in window}
+            lengths = {i: len(prompt_tokens(rows[i], self.tokenizer, self.template)) for i in window}
             answers: dict[int, str | UserError] = {
                 i: UserError(f"the instruction has {length} tokens, the model's context ends at {self.context}")
                 for i, length in lengths.items()
@@ -154,8 +160,13 @@ class Answerer:
         return tokens[:end]
 
 
-def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: str) -> Answerer:
+def load_answerer(
+    model: str, adapter: Path | None, dtype: torch.dtype, device: str, template: str = "auto"
+) -> Answerer:
     """The base model, with the adapter in the folder `adapter` if there is one.
+
+    Args:
+        template: "auto": the one that the adapter was trained with, where its folder tells.
 
     Raises:
         UserError: there is no such model or adapter, or the adapter is for another model.
@@ -166,13 +177,16 @@ def load_answerer(model: str, adapter: Path | None, dtype: torch.dtype, device: 
         with adapter_error_as_user_error(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # it is a check alone
             lak.load_adapter(skeleton(model), adapter)  # before the weights are loaded, which may take minutes
-    network, tokenizer = load_model_and_tokenizer(model, dtype)
+    tokenizer = load_tokenizer(model)
+    noted = noted_template(adapter) if adapter is not None and template == "auto" else None
+    written = choose_template(noted or template, tokenizer, [])
+    network = load_model(model, dtype)
     if adapter is not None:
         with adapter_error_as_user_error():
             lak.load_adapter(network, adapter)
             if has_conditioning(adapter):
                 lak.load_conditioning(network, adapter)
-    return Answerer(network.to(device), tokenizer)
+    return Answerer(network.to(device), tokenizer, written)
 
 
 def read_instructions(path: Path) -> list[Row]:

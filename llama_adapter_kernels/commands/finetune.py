@@ -15,7 +15,12 @@ Option = typer.Option
 
 def finetune(
     model: Annotated[str, Option(help="Base model: a local Hugging Face folder or a hub name.")],
-    data: Annotated[Path, Option(help="Alpaca JSON or JSONL: objects with instruction, input (optional), output.")],
+    data: Annotated[
+        list[Path],
+        Option(
+            help="JSON, JSONL, Parquet or a folder; may be repeated. Alpaca rows, or chats: messages, conversations."
+        ),
+    ],
     output: Annotated[Path, Option(help="Folder for the adapter, its checkpoints and logs.")],
     resume: Annotated[bool, Option("--resume", help="Go on with the run in OUTPUT from its last checkpoint.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in OUTPUT.")] = False,
@@ -41,6 +46,9 @@ def finetune(
     max_length: Annotated[
         int | None, Option(help="Tokens; longer examples are truncated.  [default: 512, at most the model's context]")
     ] = None,
+    template: Annotated[
+        str, Option(help="alpaca, chat (the tokenizer's), or auto: chat where rows are chats.")
+    ] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     save_steps: Annotated[int | None, Option(help="Between checkpoints.  [default: an epoch, at most 500]")] = None,
@@ -86,6 +94,7 @@ def finetune(
         weight_decay=weight_decay,
         max_gradient_norm=max_gradient_norm,
         max_length=max_length,
+        template=template,
         dtype=dtype,
         seed=seed,
         image_encoder=image_encoder,

@@ -31,6 +31,7 @@ def generate(
     max_new_tokens: Annotated[int, Option(help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
+    template: Annotated[str, Option(help="alpaca, chat (the tokenizer's), or auto: the adapter's own.")] = "auto",
     seed: Annotated[int, Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
@@ -39,7 +40,7 @@ def generate(
 
     A row of --file that cannot be answered gets an "error" in place of its output, and the exit status is 1.
     """
-    _check(instruction, input, file, output, batch_size, seed)
+    _check(instruction, input, file, output, batch_size, seed, template)
     _check_media(instruction, adapter, image, audio)
     import torch
 
@@ -51,7 +52,7 @@ def generate(
     on_cpu = cpu or not torch.cuda.is_available()
     torch_dtype = pick_dtype(dtype, on_cpu=on_cpu, training=False)
     rows = read_instructions(file) if file is not None else []
-    answerer = load_answerer(model, adapter, torch_dtype, "cpu" if on_cpu else "cuda")
+    answerer = load_answerer(model, adapter, torch_dtype, "cpu" if on_cpu else "cuda", template)
     torch.manual_seed(seed)
     if file is not None:
         _answer_file(answerer, rows, sampling, batch_size, file, output)
@@ -62,8 +63,9 @@ def generate(
 
 
 def _check(
-    instruction: str | None, context: str, file: Path | None, output: Path | None, batch_size: int, seed: int
-) -> None:
+    instruction: str | None, context: str, file: Path | None, output: Path | None, batch_size: int, seed: int,
+    template: str,
+) -> None:  # fmt: skip
     """What can be known to be wrong before anything is imported or loaded."""
     if instruction is not None and file is not None:
         raise UserError("--instruction and --file: expected one of them, got both")
@@ -82,6 +84,8 @@ def _check(
             raise UserError(f"--output {output}: expected a file, it is a folder")
         if not output.absolute().parent.is_dir():
             raise UserError(f"--output {output}: its folder does not exist")
+    if template not in ("auto", "alpaca", "chat"):
+        raise UserError(f"--template: expected auto, alpaca or chat, got {template!r}")
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     if not 0 <= seed < 2**63:

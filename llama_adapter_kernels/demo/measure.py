@@ -9,9 +9,9 @@ from llama_adapter_kernels.bench.cases import BenchCase, ModelShape
 from llama_adapter_kernels.bench.measure import Budget, CpuClock
 from llama_adapter_kernels.bench.runner import run_race
 from llama_adapter_kernels.bench.workload import make_workload
-from llama_adapter_kernels.training.data import Example
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
+from llama_adapter_kernels.training.tokens import Example
 
 _BATCH_TOKENS = 4096  # of a packed evaluation batch, more or less
 TIMED_SHAPE = (8, 256)  # sequences, tokens

@@ -17,11 +17,12 @@ from llama_adapter_kernels.demo.report import Answers, Results, report
 from llama_adapter_kernels.generate import Answerer, Sampling
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.ops import backends
-from llama_adapter_kernels.training.data import Example, Row, tokenize
+from llama_adapter_kernels.training.data import Row
 from llama_adapter_kernels.training.finetune import train
 from llama_adapter_kernels.training.preparation import attach
 from llama_adapter_kernels.training.run_folder import RUN_FILE, check_output, claim, prepare_output
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
+from llama_adapter_kernels.training.tokens import Example, tokenize
 
 BASE_MODEL = Path(__file__).parent / "assets" / "base"
 SETTINGS = Settings(

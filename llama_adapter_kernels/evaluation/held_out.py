@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from llama_adapter_kernels.evaluation.task import Item, Options, Published, Score
-from llama_adapter_kernels.training.data import IGNORED_LABEL, Example, read_rows, tokenize
+from llama_adapter_kernels.training.data import read_rows
+from llama_adapter_kernels.training.tokens import IGNORED_LABEL, Example, tokenize
 
 
 class HeldOut:

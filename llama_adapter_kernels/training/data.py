@@ -1,4 +1,4 @@
-"""Instruction data: Alpaca rows from JSON or JSONL, the prompt template, and tokens with loss labels."""
+"""Instruction data: Alpaca rows and chats from JSON or JSONL, told apart by their fields."""
 
 import json
 import logging
@@ -6,24 +6,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llama_adapter_kernels.errors import UserError, text_problem
+from llama_adapter_kernels.training.chats import Chat, chat_field, read_chat
 
 log = logging.getLogger(__name__)
 
 MEDIA = ("image", "audio")  # fields of a row with a path relative to the file of the row
-IGNORED_LABEL = -100  # torch's cross_entropy and transformers skip it
+SUFFIXES = (".json", ".jsonl", ".parquet")
 _REPORTED_ROWS = 5  # of the skipped ones, by name; the rest are counted
-
-
-class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -52,55 +44,73 @@ class Row:
         )
 
 
-@dataclass(frozen=True)
-class Example:
-    """The tokens of a prompt and its response, bos and eos included; only `tokens[prompt_length:]` carry loss."""
-
-    tokens: tuple[int, ...]
-    prompt_length: int
-    media: Path | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def labels(self) -> list[int]:
-        return [IGNORED_LABEL] * self.prompt_length + list(self.tokens[self.prompt_length :])
-
-    def without_labels(self) -> "Example":
-        """The same tokens, contributing nothing."""
-        return Example(self.tokens, len(self.tokens), self.media)
-
-
 def read_rows(path: Path, *, skip_bad_rows: bool = False, need_output: bool = True) -> list[Row]:
-    """Rows of a JSON array or of JSONL (one object a line), told apart by the first character.
+    """Instruction rows of one file; otherwise as `read_conversations`."""
+    found = _read_file(path, skip_bad_rows, need_output, chats=False)
+    return [row for row in found if isinstance(row, Row)]
+
+
+def read_conversations(
+    paths: Sequence[Path], *, skip_bad_rows: bool = False, need_output: bool = True
+) -> list[Row | Chat]:
+    """Instruction rows and chats of files, and of the .json, .jsonl and .parquet files in folders.
+
+    A file holds a JSON array or JSONL (one object a line), told apart by the first character, or is a Parquet file. All
+    rows of a file have the same fields: "instruction", "messages" or "conversations".
 
     Args:
-        skip_bad_rows: leave out rows that do not fit, with one warning that counts and names them.
-        need_output: a row without `output` does not fit (training); False for prompts to answer.
+        skip_bad_rows: leave out rows that do not fit, with one warning for each file that counts and names them.
+        need_output: a row without an answer does not fit (training); False for prompts to answer.
 
     Raises:
-        UserError: the file cannot be read, has no rows, or a row does not fit: the message names file, line or row,
+        UserError: a file cannot be read, has no rows, or a row does not fit: the message names file, line or row,
             field, and what was found.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
-    rows: list[Row] = []
+    return [row for file in files_of(paths) for row in _read_file(file, skip_bad_rows, need_output, chats=True)]
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and those in folders that hold rows, in the order of their names.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not found:
+            raise UserError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+        files += found
+    return files
+
+
+def _read_file(path: Path, skip_bad_rows: bool, need_output: bool, chats: bool) -> list[Row | Chat]:
+    rows: list[Row | Chat] = []
     bad: list[str] = []
-    for where, value in _json_values(path, text):
-        problem = str(value) if isinstance(value, _NoJson) else _problem(value, need_output, path.parent)
-        if problem is None:
-            media = {kind: path.parent / value[kind] for kind in MEDIA if value.get(kind)}
-            rows.append(Row(value["instruction"], value.get("input") or "", value.get("output") or "", **media))
-        elif skip_bad_rows:
-            bad.append(f"{where}: {problem}")
+    first: tuple[str | None, str] | None = None  # the field that makes a chat, and where
+    for where, value in _values(path):
+        field = chat_field(value) if chats else None
+        found: Row | Chat | str
+        if isinstance(value, _NoJson):
+            found = str(value)
+        elif first is not None and isinstance(value, dict) and field != first[0]:
+            found = (
+                f"expected {_format(first[0])} as in {first[1]}, got {_format(field)}: a file has rows of one format"
+            )
+        elif field is not None:
+            found = read_chat(value, field, need_output)
         else:
-            raise UserError(f"{path}, {where}: {problem} (--skip-bad-rows leaves such rows out)")
+            found = _problem(value, need_output, path.parent) or _row(value, path.parent)
+        if not isinstance(found, str):
+            first = first or (field, where)
+            rows.append(found)
+        elif skip_bad_rows:
+            bad.append(f"{where}: {found}")
+        else:
+            raise UserError(f"{path}, {where}: {found} (--skip-bad-rows leaves such rows out)")
     if bad:
         more = f"; and {len(bad) - _REPORTED_ROWS} more" if len(bad) > _REPORTED_ROWS else ""
         log.warning("%s: %d of %d rows left out: %s%s", path, len(bad), len(bad) + len(rows),
@@ -110,54 +120,38 @@ def read_rows(path: Path, *, skip_bad_rows: bool = False, need_output: bool = Tr
     return rows
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Rows as tokens of at most `max_length`, with one warning that counts the truncated ones.
-
-    A truncated example keeps its eos. Where not even one token of the response fits nothing is learned from it.
-
-    Raises:
-        UserError: the tokenizer has no end-of-sequence token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token (eos_token): a response would never end")
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    examples: list[Example] = []
-    truncated = silent = 0
-    for row in rows:
-        prompt = begin + tokenizer.encode(row.prompt, add_special_tokens=False)
-        tokens = begin + tokenizer.encode(row.prompt + row.output, add_special_tokens=False)
-        if tokens[: len(prompt)] != prompt:  # a token such as ":'": no prompt that generation sees
-            tokens = prompt + _continuation(row.output, tokenizer)
-        example = Example((*tokens, tokenizer.eos_token_id), len(prompt), row.media)
-        if len(example) > max_length:
-            truncated += 1
-            example = Example((*tokens[: max_length - 1], tokenizer.eos_token_id), len(prompt), row.media)
-            if len(prompt) >= max_length - 1:
-                silent += 1
-                example = example.without_labels()
-        examples.append(example)
-    if truncated:
-        log.warning(
-            "%d of %d examples are longer than %d tokens and were truncated%s",
-            truncated, len(examples), max_length,
-            f"; {silent} of them have no room for a response and teach nothing" if silent else "",
-        )  # fmt: skip
-    return examples
+def _row(value: dict[str, Any], folder: Path) -> Row:
+    media = {kind: folder / value[kind] for kind in MEDIA if value.get(kind)}
+    return Row(value["instruction"], value.get("input") or "", value.get("output") or "", **media)
 
 
-def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
-    """What a model is given to answer `row`, as in training."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + tokenizer.encode(row.prompt, add_special_tokens=False)
+def _format(field: str | None) -> str:
+    return 'an Alpaca row ("instruction")' if field is None else f'a chat ("{field}")'
 
 
-def _continuation(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of `text` inside a longer text: SentencePiece would put a space before the first word of its own text."""
-    line_end = tokenizer.encode("\n", add_special_tokens=False)
-    both = tokenizer.encode("\n" + text, add_special_tokens=False)
-    if both[: len(line_end)] == line_end:
-        return both[len(line_end) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """("row 3" or "line 3", the value, or the _NoJson where a line does not parse)."""
+    if path.suffix == ".parquet":
+        return _parquet_values(path)
+    try:
+        return _json_values(path, path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
+
+
+def _parquet_values(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            batches = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(batches, 1))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise UserError(f"{path}: not a Parquet file that can be read: {said}") from None
 
 
 def _json_values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -208,6 +202,8 @@ def _problem(value: Any, need_output: bool, folder: Path) -> str | None:
             return f'field "{field}": {problem}'
     if not value["instruction"].strip():
         return 'field "instruction" is empty'
+    if need_output and not value["output"].strip():
+        return 'field "output" is empty: an empty answer teaches nothing but to end'
     return _media_problem(value, folder)
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from llama_adapter_kernels.models import (
     weights_fingerprint,
 )
 from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.data import Example, read_rows, tokenize
+from llama_adapter_kernels.training.data import read_conversations
 from llama_adapter_kernels.training.memory import fitting_tokens
 from llama_adapter_kernels.training.packing import StepDataset, StepPlan
 from llama_adapter_kernels.training.preparation import (
@@ -43,6 +43,8 @@ from llama_adapter_kernels.training.run_folder import (
     remembered_capacity,
 )
 from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
+from llama_adapter_kernels.training.templates import choose_template
+from llama_adapter_kernels.training.tokens import Example, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Outcome:
 
 def finetune(
     model: str,
-    data: Path,
+    data: Path | Sequence[Path],
     output: Path,
     settings: Settings | None = None,
     execution: Execution | None = None,
@@ -71,6 +73,8 @@ def finetune(
     skip_bad_rows: bool = False,
 ) -> Outcome:
     """Fine-tunes an adapter for `model` (a folder or a hub name) on the rows in `data` and saves it in `output`.
+
+    `data` are files or folders, see `read_conversations`.
 
     `output` receives zero_gate_adapter.json and the weights, checkpoint-*/ (adapter and optimizer), run.json (settings),
     training_log.csv and tensorboard/. Under torchrun the processes share every step.
@@ -86,15 +90,19 @@ def finetune(
         if output.is_dir():
             with claim(output):  # or another process is training into it
                 pass
-    rows = read_rows(data, skip_bad_rows=skip_bad_rows)
-    check_media(data, rows, settings)
+    paths = [data] if isinstance(data, Path) else list(data)
+    named = ", ".join(map(str, paths))
+    rows = read_conversations(paths, skip_bad_rows=skip_bad_rows)
+    check_media(named, rows, settings)
     encoder = encoder_of(settings)
     settings = fitted_settings(model, settings)
     tokenizer = load_tokenizer(model)
+    template = choose_template(settings.template, tokenizer, rows)
+    settings = replace(settings, template=template.name)
     assert settings.max_length is not None
-    examples = tokenize(rows, tokenizer, settings.max_length)
+    examples = tokenize(rows, tokenizer, settings.max_length, template)
     if not any(example.prompt_length < len(example) for example in examples):
-        raise UserError(f"{data}: no example has room for a response within {settings.max_length} tokens")
+        raise UserError(f"{named}: no example has room for a response within {settings.max_length} tokens")
     check_budgets(examples, settings, execution)
     network = load_model(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
     check_tokens(examples, network)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llama_adapter_kernels.training.data import Example
+from llama_adapter_kernels.training.tokens import Example
 
 _LOOK_AHEAD = 64  # among so many of the next examples a bin looks for what fills it
 _MOST_BINS = 64

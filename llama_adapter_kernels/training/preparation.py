@@ -10,9 +10,11 @@ import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.media.encoders import Encoder, load_encoder
 from llama_adapter_kernels.models import adapter_error_as_user_error, context_length, skeleton
-from llama_adapter_kernels.training.data import MEDIA, Example, Row
+from llama_adapter_kernels.training.chats import Chat
+from llama_adapter_kernels.training.data import MEDIA, Row
 from llama_adapter_kernels.training.run_folder import CAPACITY
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings, option
+from llama_adapter_kernels.training.tokens import Example
 
 
 def fitted_settings(model: str, settings: Settings) -> Settings:
@@ -54,11 +56,11 @@ def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> 
         return lak.attach_adapter(network, adapter_config(network, settings))
 
 
-def check_media(data: Path, rows: Sequence[Row], settings: Settings) -> None:
+def check_media(data: str, rows: Sequence[Row | Chat], settings: Settings) -> None:
     """Raises UserError where rows have pictures or sounds and no encoder is given for them, or the other way round."""
     for kind in MEDIA:
         encoder = getattr(settings, f"{kind}_encoder")
-        number = next((number for number, row in enumerate(rows, 1) if getattr(row, kind) is not None), None)
+        number = next((number for number, row in enumerate(rows, 1) if getattr(row, kind, None) is not None), None)
         if number is not None and encoder is None:
             raise UserError(f'{data}, row {number}: it has "{kind}"; expected --{kind}-encoder to see or hear it with')
         if number is None and encoder is not None:

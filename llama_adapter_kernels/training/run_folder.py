@@ -9,12 +9,15 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.training.chats import Chat
 from llama_adapter_kernels.training.checkpoints import checkpoints, remove, remove_leftovers, write_whole
-from llama_adapter_kernels.training.data import Example, Row
+from llama_adapter_kernels.training.data import Row
+from llama_adapter_kernels.training.tokens import Example
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +100,12 @@ def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
         raise UserError(f"{output}: {error.strerror}") from None
 
 
-def data_fingerprint(rows: Sequence[Row], examples: Sequence[Example]) -> str:
+def data_fingerprint(rows: Sequence[Row | Chat], examples: Sequence[Example]) -> str:
     """SHA-256 over the text of all rows and over their tokens and labels: the same text, tokenizer and lengths."""
     digest = hashlib.sha256()
     for row, example in zip(rows, examples, strict=True):
-        digest.update(json.dumps([row.instruction, row.input, row.output, str(row.media or "")]).encode())
-        digest.update(json.dumps([example.tokens, example.prompt_length]).encode())
+        digest.update(json.dumps(asdict(row), default=str).encode())
+        digest.update(json.dumps([example.tokens, example.prompt_length, example.given]).encode())
     return digest.hexdigest()
 
 
@@ -122,6 +125,15 @@ def remember_capacity(output: Path, capacity: int) -> None:
         write_whole(path, json.dumps({**json.loads(path.read_bytes()), CAPACITY: capacity}, indent=2) + "\n")
     except (OSError, ValueError) as error:
         log.warning("%s: %s", path, error)
+
+
+def noted_template(folder: Path) -> str | None:
+    """The template that the adapter in `folder` was trained with, where the folder is that of its run."""
+    try:
+        found: str | None = json.loads((folder / RUN_FILE).read_bytes())["settings"].get("template")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _check_same(output: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float = 0.0  # 0: no clipping
     max_length: int | None = None  # tokens of an example; None: 512, or the model's context where that is shorter
+    template: str = "auto"  # how conversations become text: alpaca, chat (the tokenizer's); auto: chat for chats
     dtype: str = "auto"
     seed: int = 0
     image_encoder: str | None = None  # rows have pictures, which this encoder sees; a folder or hub name
@@ -78,6 +79,7 @@ _CHOICES = {
     "gate_shape": ("head", "scalar"),
     "conditioning": ("multi_scale", "queries", "imagebind", "mu_llama"),
     "fusion": ("all", "early"),
+    "template": ("auto", "alpaca", "chat"),
 }
 
 

@@ -94,7 +94,8 @@ def test_scores_of_given_predictions(science: Path, tmp_path: Path) -> None:
 
 def test_held_out_loss_is_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     from llama_adapter_kernels.models import load_model_and_tokenizer
-    from llama_adapter_kernels.training.data import read_rows, tokenize
+    from llama_adapter_kernels.training.data import read_rows
+    from llama_adapter_kernels.training.tokens import tokenize
 
     rows = [{"instruction": f"Say {n}", "output": "one two three" * (n + 1)} for n in range(3)]
     data = tmp_path / "rows.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.training.data import IGNORED_LABEL, Row, read_rows, tokenize
+from llama_adapter_kernels.training.data import Row, read_rows
+from llama_adapter_kernels.training.tokens import IGNORED_LABEL, tokenize
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -15,7 +15,8 @@ import llama_adapter_kernels as lak
 from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.generate import Answerer, Sampling, left_padded, load_answerer, read_instructions
-from llama_adapter_kernels.training.data import Row, prompt_tokens
+from llama_adapter_kernels.training.data import Row
+from llama_adapter_kernels.training.tokens import prompt_tokens
 
 pytest.importorskip("transformers")
 from llama_adapter_kernels.models import load_model_and_tokenizer

@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.training import loss
-from llama_adapter_kernels.training.data import Example
 from llama_adapter_kernels.training.loss import head_loss, response_loss, separate_head
 from llama_adapter_kernels.training.packing import pack
+from llama_adapter_kernels.training.tokens import Example
 from tests.support.small_models import adapted, build
 
 

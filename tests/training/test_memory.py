@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.training.data import Example
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.memory import MOST_TOKENS, activation_bytes, fitting_tokens
 from llama_adapter_kernels.training.packing import pack
+from llama_adapter_kernels.training.tokens import Example
 
 CONFIG = LlamaConfig(vocab_size=96, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
                      num_key_value_heads=2)  # fmt: skip

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llama_adapter_kernels.training.data import IGNORED_LABEL, Example
 from llama_adapter_kernels.training.packing import StepDataset, StepPlan, deal, live_positions, pack
+from llama_adapter_kernels.training.tokens import IGNORED_LABEL, Example
 
 
 def example(number: int, length: int = 5, prompt: int = 2) -> Example:

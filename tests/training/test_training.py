@@ -20,13 +20,14 @@ from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.training import finetune as fine_tuning
 from llama_adapter_kernels.training.callbacks import read_csv_log
 from llama_adapter_kernels.training.checkpoints import STAGING, last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.data import read_rows, tokenize
+from llama_adapter_kernels.training.data import read_rows
 from llama_adapter_kernels.training.finetune import Outcome, train
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.preparation import attach, fitted_settings
 from llama_adapter_kernels.training.run_folder import CSV_FILE
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings
+from llama_adapter_kernels.training.tokens import tokenize
 from tests.support.runs import QUIET, SHORT, run, weights
 
 

@@ -17,11 +17,11 @@ from llama_adapter_kernels.demo.senses.material import Material, Question, Thing
 from llama_adapter_kernels.demo.senses.report import Accuracies, Results, accuracy_picture, report, shown_picture
 from llama_adapter_kernels.generate import Answerer, Sampling
 from llama_adapter_kernels.models import load_model_and_tokenizer
-from llama_adapter_kernels.training.data import tokenize
 from llama_adapter_kernels.training.finetune import train
 from llama_adapter_kernels.training.preparation import attach, attach_senses, encoder_of
 from llama_adapter_kernels.training.run_folder import check_output, claim, prepare_output
 from llama_adapter_kernels.training.settings import Execution, Settings
+from llama_adapter_kernels.training.tokens import tokenize
 
 STEPS = 400
 SHORT_ANSWER = Sampling(max_new_tokens=8)

@@ -1,0 +1,133 @@
+"""From conversations to text: by the Alpaca template, which LLaMA-Adapter was trained with, or the tokenizer's own."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.training.chats import Chat, Turn
+from llama_adapter_kernels.training.data import Row
+
+Pieces = list[tuple[str, bool]]  # texts that follow each other, and whether the model shall learn them
+
+
+class TemplateProblem(ValueError):
+    """Why a template cannot say a conversation; the caller knows which one it is."""
+
+
+class Template(Protocol):
+    """One way to write a conversation down.
+
+    Attributes:
+        begins: the beginning-of-sequence token is not part of the text and comes before it.
+        ends: the end-of-sequence token is not part of the text and follows the last answer.
+    """
+
+    name: str
+    begins: bool
+    ends: bool
+
+    def prompt(self, conversation: Row | Chat) -> str:
+        """What a model is given to answer the conversation."""
+
+    def pieces(self, conversation: Row | Chat) -> Pieces:
+        """The whole text of a conversation that ends with an answer."""
+
+    def end_tokens(self) -> list[int]:
+        """Tokens that end an answer, besides those that model and tokenizer name."""
+
+
+class Alpaca:
+    """An instruction with or without input. The response follows without a space."""
+
+    name, begins, ends = "alpaca", True, True
+
+    def prompt(self, conversation: Row | Chat) -> str:
+        return _as_row(conversation).prompt
+
+    def pieces(self, conversation: Row | Chat) -> Pieces:
+        row = _as_row(conversation)
+        return [(row.prompt, False), (row.output, True)]
+
+    def end_tokens(self) -> list[int]:
+        return []
+
+
+class ChatTemplate:
+    """What the tokenizer brings along. Every answer is learned, with the token that ends it."""
+
+    name, begins = "chat", False
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("--template chat: this tokenizer has no chat template; --template alpaca needs none")
+        self._tokenizer = tokenizer
+        first, second = Turn("user", "a"), Turn("assistant", "b")
+        prompt, whole = self._render([first], True), self._render([first, second])
+        self._end = whole[len(prompt) :].strip().removeprefix("b").strip() if whole.startswith(prompt) else ""
+        self.ends = not self._end
+
+    def prompt(self, conversation: Row | Chat) -> str:
+        chat = _as_chat(conversation)
+        turns = chat.turns[:-1] if chat.turns[-1].role == "assistant" else chat.turns
+        return self._render(list(turns), True)
+
+    def pieces(self, conversation: Row | Chat) -> Pieces:
+        turns = list(_as_chat(conversation).turns)
+        pieces: Pieces = []
+        said = ""
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt, whole = self._render(turns[:number], True), self._render(turns[: number + 1])
+            if not prompt.startswith(said) or not whole.startswith(prompt):
+                raise TemplateProblem(
+                    "the tokenizer's chat template writes earlier turns differently when later ones come"
+                )
+            answer = whole[len(prompt) :].rstrip()  # a line end after the end token is no part of the answer
+            pieces += [(prompt[len(said) :], False), (answer, True)]
+            said = prompt + answer
+        return pieces
+
+    def end_tokens(self) -> list[int]:
+        return self._tokenizer.encode(self._end, add_special_tokens=False)[:1] if self._end else []
+
+    def _render(self, turns: list[Turn], answer_next: bool = False) -> str:
+        messages = [turn._asdict() for turn in turns]
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        except Exception as error:  # whatever the template's author raises about roles and their order
+            said = " ".join(str(error).split())[:200]
+            raise TemplateProblem(f"the tokenizer's chat template refuses it: {said}") from error
+        return text
+
+
+def choose_template(name: str, tokenizer: Any, conversations: Sequence[Row | Chat]) -> Template:
+    """The template of that name; auto: the tokenizer's where there are chats, else Alpaca's.
+
+    Raises:
+        UserError: the tokenizer lacks it.
+    """
+    if name == "chat" or (name == "auto" and any(isinstance(one, Chat) for one in conversations)):
+        return ChatTemplate(tokenizer)
+    return Alpaca()
+
+
+def _as_row(conversation: Row | Chat) -> Row:
+    if isinstance(conversation, Row):
+        return conversation
+    *system, user = [turn.content for turn in conversation.turns if turn.role != "assistant"]
+    answers = [turn.content for turn in conversation.turns if turn.role == "assistant"]
+    roles = [turn.role for turn in conversation.turns if turn.role != "system"]
+    if roles not in (["user"], ["user", "assistant"]):
+        raise TemplateProblem(
+            f"--template alpaca has one instruction and one answer, the chat has {len(roles)} turns; expected --template "
+            "chat"
+        )
+    return Row("\n\n".join([*system, user]), output=answers[0] if answers else "")
+
+
+def _as_chat(conversation: Row | Chat) -> Chat:
+    if isinstance(conversation, Chat):
+        return conversation
+    asked = Turn("user", "\n\n".join(filter(None, (conversation.instruction, conversation.input))))
+    return Chat((asked, Turn("assistant", conversation.output)) if conversation.output else (asked,))
