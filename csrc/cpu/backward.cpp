@@ -257,6 +257,8 @@ class BackwardTask {
   void mend_delta(int64_t head, int64_t block) {
     const int64_t q0 = block * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0);
     const auto overflowed = [&](int64_t m) { return !(__builtin_fabs(s.delta[q0 + m]) <= std::numeric_limits<C>::max()); };
+    // Nor may lanes past the last query have a delta of NaN, from a prefix: they are the other half of the last query's pair.
+    for (int64_t m = rows; m < kBlockQueries; ++m) s.delta[q0 + m] = 0;
     bool any = false;
     for (int64_t m = 0; m < rows; ++m) any = any || overflowed(m);
     if (!any) return;

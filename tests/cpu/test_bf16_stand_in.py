@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import include_paths
 from tests.support.instruction_sets import USABLE
 
 ROOT = Path(__file__).parents[2]
+FILES = [f"tests/cpu/test_{name}.py" for name in ("attention_cpu", "scales", "special_values")]
 BUILD = ROOT / "build" / "bf16_stand_in"
 
 # What the stand-in process runs first: the two builds round differently, so equal bits would mean that one was not used.
@@ -50,7 +51,10 @@ def environment() -> dict[str, str]:
         assert result.returncode == 0, result.stdout + result.stderr
     site = BUILD / "site"
     shutil.rmtree(site, ignore_errors=True)
-    shutil.copytree(ROOT / "llama_adapter_kernels", site / "llama_adapter_kernels")
+    # With the tests beside it: pytest puts the folder of its configuration before PYTHONPATH.
+    for folder in ("llama_adapter_kernels", "tests"):
+        shutil.copytree(ROOT / folder, site / folder)
+    shutil.copy(ROOT / "pyproject.toml", site)
     library = "libllama_adapter_kernels.so"
     shutil.copy(BUILD / library, site / "llama_adapter_kernels" / library)
     return environment | {"PYTHONPATH": str(site)}
@@ -59,7 +63,7 @@ def environment() -> dict[str, str]:
 def run(environment: dict[str, str], *arguments: str) -> str:
     # -P: the folder this is started in does not come before PYTHONPATH.
     command = [sys.executable, "-P", *arguments]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=BUILD / "site", capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -70,6 +74,6 @@ def test_the_pairs_are_used(environment: dict[str, str]) -> None:
 
 def test_bfloat16(environment: dict[str, str]) -> None:
     arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "avx512_bf16 and bfloat16"]
-    report = run(environment, "-m", "pytest", "-q", *arguments, "tests/cpu/test_attention_cpu.py")
+    report = run(environment, "-m", "pytest", "-q", *arguments, *FILES)
     passed = int(report.rsplit(" passed", 1)[0].split()[-1])
     assert passed >= 20, report
