@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo demo-image demo-sound test test-cuda-torch sanitize bench bench-check lint format docs wheel clean
+.PHONY: help install demo demo-image demo-sound test test-cuda-torch sanitize mutants-cpu bench bench-check lint format docs wheel clean
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      every test that can run on this machine"
 	@echo "make test-cuda-torch  what a real CUDA build of torch shows without a GPU (an environment of 5.5 GB)"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make lint      ruff, mypy and clang-format; make format applies what ruff and clang-format want"
@@ -72,19 +73,21 @@ install: $(VENV)/package.stamp
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# A copy of the package with an instrumented library; Python itself is not instrumented, so the runtime is preloaded. Where
-# the processor has no bfloat16 dot products, the kernels written for them run with the stand-in of csrc/cpu/pairs.h.
+# A copy of the package with an instrumented library, and of the tests, because pytest puts their folder first; Python itself is
+# not instrumented, so the runtime is preloaded. Where the processor has no bfloat16 dot products, the kernels written for them
+# run with the stand-in of csrc/cpu/pairs.h.
 sanitize: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DLAK_SANITIZE=ON -DLAK_CUDA=0 \
 	    -DLAK_BF16_STAND_IN=$$(if grep -q avx512_bf16 /proc/cpuinfo; then echo OFF; else echo avx2; fi) \
 	    -DLAK_TORCH_INCLUDE=$$($(BIN)/python -c "from torch.utils.cpp_extension import include_paths; print(include_paths()[0])")
 	$(BIN)/cmake --build build/sanitize
-	rm -rf build/sanitize/site && mkdir build/sanitize/site && cp -r llama_adapter_kernels build/sanitize/site/
+	rm -rf build/sanitize/site && mkdir build/sanitize/site
+	cp -r llama_adapter_kernels tests pyproject.toml build/sanitize/site/
 	cp build/sanitize/libllama_adapter_kernels.so build/sanitize/site/llama_adapter_kernels/
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(abspath build/sanitize/site) \
-	    $(BIN)/pytest -n 2 tests/cpu/test_attention_cpu.py tests/ops/test_properties.py tests/ops/test_bad_input.py \
-	    tests/ops/test_invariants.py
+	cd build/sanitize/site && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(abspath $(BIN))/pytest -n 2 --ignore tests/cpu/test_bf16_stand_in.py tests/cpu tests/ops/test_properties.py \
+	    tests/ops/test_bad_input.py tests/ops/test_invariants.py
 
 # What a process with a real CUDA build of torch shows without a card: bindings, loading, tracing, Triton's compiler, `info`. In an
 # environment of its own (5.5 GB in build/cuda-torch; make clean removes it), with the libraries that `install` built.
@@ -93,6 +96,10 @@ test-cuda-torch: install
 	test -x $(CUDA_TORCH_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_TORCH_VENV)
 	$(CUDA_TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 numpy pytest typer rich
 	$(CUDA_TORCH_VENV)/bin/python -m pytest -q --noconftest tests/cuda_torch tests/ops/test_backends.py tests/ops/test_bad_input.py
+
+# One fault after the other is put into the CPU kernels; exit status 1 where the tests do not notice one (half an hour or so).
+mutants-cpu: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cpu
 
 # The main cases and contestants; `llama-adapter bench` runs all, in half an hour or so. The report is written even where a
 # contestant was wrong; the exit status tells.
