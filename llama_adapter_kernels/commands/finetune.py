@@ -22,6 +22,13 @@ def finetune(
         ),
     ],
     output: Annotated[Path, Option(help="Folder for the adapter, its checkpoints and logs.")],
+    eval_data: Annotated[
+        list[Path] | None,
+        Option(help="The same, held out: the best checkpoint by its loss is what is saved in the end."),
+    ] = None,
+    eval_fraction: Annotated[float | None, Option(help="Or hold out this part of --data.")] = None,
+    eval_steps: Annotated[int | None, Option(help="Between held-out losses.  [default: an epoch]")] = None,
+    early_stopping: Annotated[int | None, Option(help="Stop after so many held-out losses without a new best.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the run in OUTPUT from its last checkpoint.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in OUTPUT.")] = False,
     skip_bad_rows: Annotated[bool, Option("--skip-bad-rows", help="Leave out and count bad rows.")] = False,
@@ -94,6 +101,9 @@ def finetune(
         weight_decay=weight_decay,
         max_gradient_norm=max_gradient_norm,
         max_length=max_length,
+        eval_fraction=eval_fraction,
+        eval_steps=eval_steps,
+        early_stopping=early_stopping,
         template=template,
         dtype=dtype,
         seed=seed,
@@ -117,7 +127,15 @@ def finetune(
         features=None if features is None else str(features),
     )
     outcome = run(
-        model, data, output, settings, execution, resume=resume, overwrite=overwrite, skip_bad_rows=skip_bad_rows
+        model,
+        data,
+        output,
+        settings,
+        execution,
+        eval_data=eval_data or (),
+        resume=resume,
+        overwrite=overwrite,
+        skip_bad_rows=skip_bad_rows,
     )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -128,6 +146,9 @@ def finetune(
         raise typer.Exit(130)
     if outcome.losses:
         typer.echo(_losses(outcome.losses))
+    if outcome.best_step is not None and outcome.held_out_losses:
+        best = min(outcome.held_out_losses.values())
+        typer.echo(f"Held-out loss {best:.4f} at its best, after step {outcome.best_step}: that adapter is saved")
     typer.echo(f"{outcome.step} steps in {outcome.seconds:.0f} s. The adapter is saved in {output}. Try it with:")
     typer.echo(f"  llama-adapter generate --model {shlex.quote(model)} --adapter {shlex.quote(str(output))}")
 

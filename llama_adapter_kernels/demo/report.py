@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llama_adapter_kernels.training.finetune import Outcome
+from llama_adapter_kernels.training.loop import Outcome
 
 
 @dataclass(frozen=True)

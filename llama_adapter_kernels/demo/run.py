@@ -18,7 +18,7 @@ from llama_adapter_kernels.generate import Answerer, Sampling
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.ops import backends
 from llama_adapter_kernels.training.data import Row
-from llama_adapter_kernels.training.finetune import train
+from llama_adapter_kernels.training.loop import train
 from llama_adapter_kernels.training.preparation import attach
 from llama_adapter_kernels.training.run_folder import RUN_FILE, check_output, claim, prepare_output
 from llama_adapter_kernels.training.settings import DEFAULT_MAX_LENGTH, Execution, Settings

@@ -33,7 +33,7 @@ class Progress(TrainerCallback):
 
 
 class CsvLog(TrainerCallback):
-    """step, epoch, loss, learning_rate, grad_norm of every logged step.
+    """step, epoch, loss, learning_rate, grad_norm of every logged step; or the held-out loss of every measurement.
 
     At the start the file is written anew from the trainer's state, so that after a resume it holds what an uninterrupted
     run would have written, to the letter.
@@ -41,23 +41,23 @@ class CsvLog(TrainerCallback):
 
     FIELDS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: tuple[str, ...] = FIELDS) -> None:
+        self.path, self.fields = path, fields
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._write("w", [entry for entry in state.log_history if "loss" in entry])
+            self._write("w", [entry for entry in state.log_history if self.fields[2] in entry])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if state.is_world_process_zero and logs and self.fields[2] in logs:
             self._write("a", [{"step": state.global_step, **logs}])
 
     def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
         try:
             with self.path.open(mode, newline="") as file:
-                writer = csv.DictWriter(file, self.FIELDS, extrasaction="ignore")
+                writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
                 if mode == "w":
                     writer.writeheader()
                 writer.writerows(rows)

@@ -103,6 +103,23 @@ def attach_senses(
     return conditioning
 
 
+def check_evaluation(settings: Settings, eval_data: Sequence[Path]) -> None:
+    """Raises UserError where what is held out is named twice, or not at all and needed."""
+    if eval_data and settings.eval_fraction is not None:
+        raise UserError("--eval-data, --eval-fraction: expected one of them, got both")
+    if not eval_data and settings.eval_fraction is None:
+        for name in ("eval_steps", "early_stopping"):
+            if getattr(settings, name) is not None:
+                raise UserError(f"{option(name)}: expected --eval-data or --eval-fraction beside it, got none")
+
+
+def check_held_out(held_out: Sequence[Example], settings: Settings) -> None:
+    """Raises UserError where a held-out loss is asked for and there is nothing to measure it on."""
+    asked = held_out or settings.eval_fraction is not None
+    if asked and not any(example.prompt_length < len(example) for example in held_out):
+        raise UserError(f"no held-out example has room for a response within {settings.max_length} tokens")
+
+
 def check_budgets(examples: Sequence[Example], settings: Settings, execution: Execution) -> None:
     """Raises UserError where a step or a micro-batch has no room for the longest example, or a process gets none."""
     longest = max(map(len, examples))

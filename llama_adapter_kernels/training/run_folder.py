@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CSV_FILE = "training_log.csv"
+EVAL_FILE = "evaluation_log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 CAPACITY = "tokens_per_micro_batch"
 # What a resumed run may change: it goes on for longer, and other micro-batches change rounding alone.
 _MAY_CHANGE = ("epochs", "max_steps", CAPACITY)
-_MEANING = {"data_sha256": "the data", "base_sha256": "the base model's weights"}
+_MEANING = {"data_sha256": "the data", "base_sha256": "the base model's weights", "eval_sha256": "the held-out data"}
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -94,7 +95,8 @@ def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
             for folder in checkpoints(output):
                 remove(folder)
             shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
-            (output / CSV_FILE).unlink(missing_ok=True)
+            for name in (CSV_FILE, EVAL_FILE):
+                (output / name).unlink(missing_ok=True)
         write_whole(path, json.dumps(run, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}") from None

@@ -30,6 +30,9 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float = 0.0  # 0: no clipping
     max_length: int | None = None  # tokens of an example; None: 512, or the model's context where that is shorter
+    eval_fraction: float | None = None  # of the examples is held out
+    eval_steps: int | None = None  # between measurements of the held-out loss; None: an epoch
+    early_stopping: int | None = None  # stop after so many measurements without a new best
     template: str = "auto"  # how conversations become text: alpaca, chat (the tokenizer's); auto: chat for chats
     dtype: str = "auto"
     seed: int = 0
@@ -72,6 +75,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (1, 10**12), "batch_size": (1, 10**9), "base_learning_rate": (0, 1e6), "weight_decay": (0, 1e6),
     "max_gradient_norm": (0, 1e12), "max_length": (8, 10**9), "seed": (0, 2**32 - 1), "micro_batch_size": (1, 10**9),
     "tokens_per_step": (8, 10**12), "tokens_per_micro_batch": (8, 10**12),
+    "eval_steps": (1, 10**12), "early_stopping": (1, 10**9),
     "save_steps": (1, 10**12), "conditioning_rate": (0, 1e6), "keep_checkpoints": (1, 10**9), "log_steps": (1, 10**12),
 }  # fmt: skip
 _CHOICES = {
@@ -96,6 +100,8 @@ def check_settings(settings: Settings, execution: Execution) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"{option(name)}: expected {' or '.join(choices)}, got {values[name]!r}")
+    if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
+        raise UserError(f"--eval-fraction: expected more than 0 and less than 1, got {settings.eval_fraction}")
     if not all(0 <= beta < 1 for beta in settings.betas):
         raise UserError(f"betas: expected two numbers from 0 to below 1, got {settings.betas}")
     if execution.micro_batch_size is not None and execution.tokens_per_micro_batch is not None:

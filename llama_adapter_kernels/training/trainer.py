@@ -18,6 +18,7 @@ from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITI
 from llama_adapter_kernels.training.callbacks import LossProgress, RunningLoss
 from llama_adapter_kernels.training.checkpoints import (
     CHECKPOINT,
+    MANIFEST,
     STAGING,
     checkpoints,
     last_whole_checkpoint,
@@ -27,6 +28,7 @@ from llama_adapter_kernels.training.checkpoints import (
     what_is_broken,
     write_manifest,
 )
+from llama_adapter_kernels.training.held_out import Best, HeldOut
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import StepDataset
 
@@ -36,15 +38,39 @@ log = logging.getLogger(__name__)
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
+# What else than the adapter is in a checkpoint, by the beginning of the name.
+_OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "training_args", MANIFEST)
+
+
+def copy_adapter(checkpoint: Path, folder: Path) -> None:
+    """The adapter of a checkpoint becomes the one in `folder`: each file is complete or absent.
+
+    Raises:
+        UserError: it cannot be written; an older one is as it was.
+    """
+
+    def copy(staging: Path) -> None:
+        staging.mkdir(parents=True)
+        for path in checkpoint.iterdir():
+            if path.is_file() and not path.name.startswith(_OF_TRAINING):
+                shutil.copyfile(path, staging / path.name)
+
+    _save_aside(copy, folder)
+
+
 def save_adapter(adapter: Any, folder: Path) -> None:
     """Saves the adapter's files in `folder`, which may hold other things: each is complete or absent.
 
     Raises:
         UserError: they cannot be written; older ones are as they were.
     """
+    _save_aside(adapter.save_pretrained, folder)
+
+
+def _save_aside(save: Callable[[Path], None], folder: Path) -> None:
     staging = folder / STAGING
     try:
-        adapter.save_pretrained(staging)
+        save(staging)
         for path in staging.iterdir():
             path.replace(folder / path.name)
     except SAVE_ERRORS as error:
@@ -74,6 +100,9 @@ class AdapterTrainer(Trainer):
         self.add_callback(self.running_loss)
         self.adapter = adapter
         self.conditioning_rate = conditioning_rate
+        self.control: Any
+        self.held_out: HeldOut | None = None
+        self.best: Best | None = None
         self.failed_save: str | None = None
         # compute_loss divides by the tokens of the whole step; nothing is left to divide.
         self.loss_is_scaled_for_ga = True
@@ -95,6 +124,21 @@ class AdapterTrainer(Trainer):
         tokens = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
         # Data parallel training averages gradients over the ranks, where the sum is wanted.
         return total * self.accelerator.num_processes / tokens
+
+    def measure(self, held_out: HeldOut, best: Best) -> None:
+        """Measures the loss on `held_out` whenever `best` asks for it, and never removes the best checkpoint."""
+        self.held_out, self.best = held_out, best
+        self.add_callback(best)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        assert self.held_out is not None, "only Best asks for evaluations"
+        sums = self.held_out.sums(self.model, self.args.device)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+        metrics = {"eval_loss": float(sums[0] / sums[1])}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate takes every parameter for trained
@@ -163,7 +207,8 @@ class AdapterTrainer(Trainer):
         """Newer checkpoints than this step are broken ones that the run was not resumed from; they get replaced."""
         paths = [path for path in checkpoints(output) if step_of(path) <= self.state.global_step]
         for path in paths[: -self.args.save_total_limit] if self.args.save_total_limit else []:
-            remove(path)
+            if self.best is None or step_of(path) != self.best.step:
+                remove(path)
 
     # ---- going on ----
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llama_adapter_kernels.training.finetune import Outcome, finetune
+from llama_adapter_kernels.training.finetune import finetune
+from llama_adapter_kernels.training.loop import Outcome
 from llama_adapter_kernels.training.settings import Execution, Settings
 
 QUIET = Execution(micro_batch_size=4, log_steps=1, save_steps=5, tensorboard=False, progress_bar=False, on_cpu=True)

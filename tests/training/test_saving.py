@@ -16,7 +16,7 @@ from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.training.checkpoints import STAGING
 from llama_adapter_kernels.training.data import read_rows
-from llama_adapter_kernels.training.finetune import train
+from llama_adapter_kernels.training.loop import train
 from llama_adapter_kernels.training.preparation import attach
 from llama_adapter_kernels.training.settings import Execution, Settings
 from llama_adapter_kernels.training.tokens import Example, tokenize

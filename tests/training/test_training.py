@@ -18,10 +18,11 @@ import torch
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model_and_tokenizer
 from llama_adapter_kernels.training import finetune as fine_tuning
+from llama_adapter_kernels.training import loop
 from llama_adapter_kernels.training.callbacks import read_csv_log
 from llama_adapter_kernels.training.checkpoints import STAGING, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.data import read_rows
-from llama_adapter_kernels.training.finetune import Outcome, train
+from llama_adapter_kernels.training.loop import Outcome, train
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.preparation import attach, fitted_settings
@@ -129,10 +130,10 @@ def test_a_resumed_run_keeps_its_micro_batches(
 ) -> None:
     """However much memory is free then: other micro-batches would round otherwise."""
     execution = replace(QUIET, micro_batch_size=None)
-    monkeypatch.setattr(fine_tuning, "fitting_tokens", lambda *_, **__: 300)
+    monkeypatch.setattr(loop, "fitting_tokens", lambda *_, **__: 300)
     run(tiny_model, rows_file, tmp_path / "run", replace(SHORT, max_steps=3), execution=execution)
     whole = run(tiny_model, rows_file, tmp_path / "whole", replace(SHORT, max_steps=6), execution=execution)
-    monkeypatch.setattr(fine_tuning, "fitting_tokens", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(loop, "fitting_tokens", lambda *_, **__: pytest.fail("asked again"))
     longer = run(tiny_model, rows_file, tmp_path / "run", replace(SHORT, max_steps=6), execution=execution, resume=True)
     assert longer.losses.keys() == whole.losses.keys()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["tokens_per_micro_batch"] == 300

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llama_adapter_kernels.demo.senses.material import Thing
-from llama_adapter_kernels.training.finetune import Outcome
+from llama_adapter_kernels.training.loop import Outcome
 
 _COLOURS = {"its own": "#1f77b4", "a blank one": "#bbbbbb", "a wrong one": "#d95f02"}
 

@@ -17,7 +17,7 @@ from llama_adapter_kernels.demo.senses.material import Material, Question, Thing
 from llama_adapter_kernels.demo.senses.report import Accuracies, Results, accuracy_picture, report, shown_picture
 from llama_adapter_kernels.generate import Answerer, Sampling
 from llama_adapter_kernels.models import load_model_and_tokenizer
-from llama_adapter_kernels.training.finetune import train
+from llama_adapter_kernels.training.loop import train
 from llama_adapter_kernels.training.preparation import attach, attach_senses, encoder_of
 from llama_adapter_kernels.training.run_folder import check_output, claim, prepare_output
 from llama_adapter_kernels.training.settings import Execution, Settings
