@@ -101,7 +101,9 @@ def _read_file(path: Path, skip_bad_rows: bool, need_output: bool, chats: bool) 
                 f"expected {_format(first[0])} as in {first[1]}, got {_format(field)}: a file has rows of one format"
             )
         elif field is not None:
-            found = read_chat(value, field, need_output)
+            found = _media_problem(value, path.parent) or read_chat(
+                value, field, need_output, _media(value, path.parent)
+            )
         else:
             found = _problem(value, need_output, path.parent) or _row(value, path.parent)
         if not isinstance(found, str):
@@ -121,8 +123,11 @@ def _read_file(path: Path, skip_bad_rows: bool, need_output: bool, chats: bool) 
 
 
 def _row(value: dict[str, Any], folder: Path) -> Row:
-    media = {kind: folder / value[kind] for kind in MEDIA if value.get(kind)}
-    return Row(value["instruction"], value.get("input") or "", value.get("output") or "", **media)
+    return Row(value["instruction"], value.get("input") or "", value.get("output") or "", **_media(value, folder))
+
+
+def _media(value: dict[str, Any], folder: Path) -> dict[str, Path]:
+    return {kind: folder / value[kind] for kind in MEDIA if value.get(kind)}
 
 
 def _format(field: str | None) -> str:

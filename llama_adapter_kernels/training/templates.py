@@ -123,11 +123,13 @@ def _as_row(conversation: Row | Chat) -> Row:
             f"--template alpaca has one instruction and one answer, the chat has {len(roles)} turns; expected --template "
             "chat"
         )
-    return Row("\n\n".join([*system, user]), output=answers[0] if answers else "")
+    instruction, output = "\n\n".join([*system, user]), answers[0] if answers else ""
+    return Row(instruction, "", output, conversation.image, conversation.audio)
 
 
 def _as_chat(conversation: Row | Chat) -> Chat:
     if isinstance(conversation, Chat):
         return conversation
     asked = Turn("user", "\n\n".join(filter(None, (conversation.instruction, conversation.input))))
-    return Chat((asked, Turn("assistant", conversation.output)) if conversation.output else (asked,))
+    turns = (asked, Turn("assistant", conversation.output)) if conversation.output else (asked,)
+    return Chat(turns, conversation.image, conversation.audio)

@@ -117,6 +117,29 @@ def test_rows_that_do_not_fit(row: dict, message: str, pictures: Path) -> None:
         read_rows(pictures / "bad.json")
 
 
+def test_conversations_as_llava_writes_them(tmp_path: Path) -> None:
+    from llama_adapter_kernels.training.chats import Chat, Turn
+    from llama_adapter_kernels.training.data import read_conversations
+
+    (tmp_path / "cat.png").write_bytes(b"")
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Which colour?\n<image>"}, {"from": "gpt", "value": "Grey."},
+    ]  # fmt: skip
+    rows = [{"id": "1", "image": "cat.png", "conversations": turns}, {"id": "2", "conversations": turns}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    seen, unseen = read_conversations([tmp_path / "rows.json"])
+    assert isinstance(seen, Chat)
+    assert seen.image == seen.media == tmp_path / "cat.png"
+    assert [turn.content for turn in seen.turns] == ["What is this?", "A cat.", "Which colour?", "Grey."]
+    assert unseen.media is None
+    assert isinstance(unseen, Chat)
+    assert unseen.turns[0] == Turn("user", "<image>\nWhat is this?")  # there is none: the text is the user's own
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "dog.png", "conversations": turns}]))
+    with pytest.raises(UserError, match=r'row 1: field "image": no file .*dog\.png'):
+        read_conversations([tmp_path / "rows.json"])
+
+
 def test_encoders_and_rows_must_meet(
     tiny_model: Path, pictures: Path, encoder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
