@@ -252,7 +252,8 @@ def test_a_failed_attach_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="no"):
         lak.attach_adapter(model, lak.AdapterConfig())
     monkeypatch.undo()
-    assert {name: p.requires_grad for name, p in model.named_parameters()}, model.config._attn_implementation == before
+    after = {name: p.requires_grad for name, p in model.named_parameters()}, model.config._attn_implementation
+    assert after == before
     assert not any("zero_gate" in name for name, _ in model.named_modules())
     assert not model.model._forward_pre_hooks and lak.attached_adapters(model) == {}
 
