@@ -68,6 +68,6 @@ def _warn_if_frozen(attachment: Attachment) -> None:
     attachment.expects_training = False
     warnings.warn(
         f"adapter {name!r}: something froze its parameters after it was attached (PEFT's get_peft_model does); "
-        f"lak.set_adapter(model, {name!r}) lets it train, with trainable=False says that it shall not",
+        f"lak.set_adapter(model, {name!r}) lets it train; with trainable=False it stays frozen without this warning",
         stacklevel=2,
     )
