@@ -8,6 +8,8 @@ from typing import Any
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.formats import native
+from llama_adapter_kernels.integrations.conditioning import has_conditioning
 from llama_adapter_kernels.media.encoders import Encoder, load_encoder
 from llama_adapter_kernels.models import adapter_error_as_user_error, context_length, skeleton
 from llama_adapter_kernels.training.chats import Chat
@@ -53,7 +55,37 @@ def attach(network: Any, settings: Settings, checkpoint: Path | None = None) -> 
     with adapter_error_as_user_error():
         if checkpoint:
             return lak.load_adapter(network, checkpoint)
-        return lak.attach_adapter(network, adapter_config(network, settings))
+        adapter = lak.attach_adapter(network, adapter_config(network, settings))
+        if settings.init is not None:
+            _start_from(adapter, Path(settings.init))
+        return adapter
+
+
+def _start_from(adapter: "lak.ZeroGateAdapter", folder: Path) -> None:
+    """Gives the adapter the prompts and gates of a saved one; what that one does not have (V2's tuning) stays new.
+
+    Raises:
+        OSError: there is no such adapter.
+        ValueError: it has other layers, slots or gates; both sides are named.
+    """
+    state = native.read(folder)
+    total = adapter.base["num_hidden_layers"]
+
+    def form(config: "lak.AdapterConfig") -> dict[str, Any]:
+        layers = config.layer_numbers(total)
+        return {"layers": f"{layers[0]} to {layers[-1]}", "prefix_length": config.prefix_length, "gate": config.gate,
+                "gate_shape": config.gate_shape}  # fmt: skip
+
+    ours, theirs = form(adapter.config), form(state.config)
+    different = [name for name in ours if ours[name] != theirs[name]]
+    if different:
+        wanted = ", ".join(f"{name} {ours[name]}" for name in different)
+        found = ", ".join(f"{name} {theirs[name]}" for name in different)
+        raise ValueError(f"--init {folder}: expected an adapter with {wanted}, it has {found}")
+    own = adapter.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        return  # a model without weights, on which the settings are checked
+    adapter.load_state_dict({name: state.tensors.get(name, tensor) for name, tensor in own.items()})
 
 
 def check_media(data: str, rows: Sequence[Row | Chat], settings: Settings) -> None:
@@ -92,8 +124,9 @@ def attach_senses(
         return None
     sizes: dict[str, Any] = dict(settings.conditioning_sizes)
     with adapter_error_as_user_error():
-        if checkpoint is not None:
-            conditioning = lak.load_conditioning(network, checkpoint, encoder)
+        source = checkpoint or (Path(settings.init) if settings.init is not None else None)
+        if source is not None and has_conditioning(source):
+            conditioning = lak.load_conditioning(network, source, encoder)
         else:
             conditioning = lak.attach_conditioning(
                 network, encoder, kind=settings.conditioning, modality=encoder.modality, fusion=settings.fusion, **sizes

@@ -36,6 +36,7 @@ class Settings:
     template: str = "auto"  # how conversations become text: alpaca, chat (the tokenizer's); auto: chat for chats
     dtype: str = "auto"
     seed: int = 0
+    init: str | None = None  # folder of a saved adapter to start from; None: new prompts, gates 0
     image_encoder: str | None = None  # rows have pictures, which this encoder sees; a folder or hub name
     audio_encoder: str | None = None  # rows have sounds
     conditioning: str = "queries"  # how features become prompts, see ConditioningConfig

@@ -117,6 +117,32 @@ def test_rows_that_do_not_fit(row: dict, message: str, pictures: Path) -> None:
         read_rows(pictures / "bad.json")
 
 
+def test_a_second_stage_starts_where_the_first_ended(
+    tiny_model: Path, pictures: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """Projection and prompts first, then biases and norms as well: the papers' two stages."""
+    from safetensors.torch import load_file
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(tiny_model, pictures / "rows.json", first, settings(encoder, max_steps=3))
+    still = replace(settings(encoder, max_steps=1), init=str(first), v2=True, lora_rank=0, base_learning_rate=0.0)
+    run(tiny_model, pictures / "rows.json", second, still)
+    before, after = (load_file(folder / "adapter.safetensors") for folder in (first, second))
+    assert before.keys() < after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (first / "conditioning.safetensors").read_bytes() == (second / "conditioning.safetensors").read_bytes()
+    learned = tmp_path / "learned"
+    run(tiny_model, pictures / "rows.json", learned, replace(still, base_learning_rate=1.0, max_steps=2))
+    tuned = load_file(learned / "adapter.safetensors")
+    assert any(not torch.equal(tuned[name], tensor) for name, tensor in after.items() if name not in before)
+    with pytest.raises(
+        UserError, match=r"--init .*: expected an adapter with prefix_length 4, it has prefix_length 10"
+    ):
+        run(tiny_model, pictures / "rows.json", tmp_path / "other", replace(still, prefix_length=4))
+    with pytest.raises(UserError, match="none"):
+        run(tiny_model, pictures / "rows.json", tmp_path / "other", replace(still, init=str(tmp_path / "none")))
+
+
 def test_conversations_as_llava_writes_them(tmp_path: Path) -> None:
     from llama_adapter_kernels.training.chats import Chat, Turn
     from llama_adapter_kernels.training.data import read_conversations
