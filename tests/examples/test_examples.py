@@ -13,6 +13,7 @@ NEEDS = {
     "roberta_classification": "transformers", "timm_vit": "timm",  # runs in tests/adapters/test_timm.py otherwise
 }  # fmt: skip
 SAYS = {
+    "official_multimodal": ["adapted layers: 1 2 3 - logits with a picture: (1, 9, 128)"],
     "image_conditioned": ["with an image: logits differ by", "generated: torch.Size([2, 20])"],
     "operation": ["gate 0: at most", "gate 0.5: at most"],
     "many_adapters": ["base model", "the same as alone", "left: haiku"],
@@ -24,6 +25,8 @@ SAYS = {
 }
 
 
+# The example of the official checkpoint puts to work what this warning says is kept.
+@pytest.mark.filterwarnings("ignore:kept beside the adapter")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
