@@ -102,12 +102,17 @@ def backends_for(capability: tuple[int, int], pass_name: Pass, dtype: torch.dtyp
     return (entry.faster, *(name for name in GPU_BACKENDS if name != entry.faster))
 
 
-@torch.compiler.assume_constant_result
 def candidates(device: torch.device, pass_name: Pass, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
     """The backends to try for tensors on `device`, best first, whether or not they are available."""
     if device.type != "cuda":
         return ("cpu", *GPU_BACKENDS)
-    return ("cpu", *_for_device(device, pass_name, dtype, head_dim_class(head_dim)))
+    # The class of head_dim is decided outside of the constant, where torch.compile may have a symbol for head_dim.
+    return ("cpu", *_on_this_card(device, pass_name, dtype, head_dim_class(head_dim)))
+
+
+@torch.compiler.assume_constant_result
+def _on_this_card(device: torch.device, pass_name: Pass, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    return _for_device(device, pass_name, dtype, head_dim)
 
 
 @lru_cache(maxsize=256)

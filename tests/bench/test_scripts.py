@@ -55,7 +55,9 @@ def test_adapter_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_pytest_benchmark_is_handed_the_samples(tmp_path: Path) -> None:
     """Two contestants of one race: both are in the report, with the times that the race measured."""
     chosen = ["--benchmark-json", str(tmp_path / "out.json"), "-k", "decode-7b-forward-float32-ours-cpu"]
-    environment = os.environ | {"BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this process may be.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = inherited | {"BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-m", "pytest", "benchmarks", "-q", *chosen], cwd=ROOT, env=environment,
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

@@ -101,9 +101,7 @@ def flash_results(problem: Problem) -> dict[str, Tensor]:
         assert prefix_key is not None and prefix_value is not None and gate is not None
         count, index = prefix_key.shape[0], arguments.get("prefix_index")
         gates = gate.detach().to(compute).expand(count, case.heads_q)
-        pk, pv, gates = reference.select_prefix(
-            wide(prefix_key, group), wide(prefix_value, group), gates, index, case.batch
-        )
+        pk, pv, gates = reference.select_prefix(wide(prefix_key, group), wide(prefix_value, group), gates, index)
         gates = gates[:, :, None, None]
         p = torch.softmax(scale * (q @ pk.mT), dim=-1)
         output = output + gates * (rounded(p) @ pv)
