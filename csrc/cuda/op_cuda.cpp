@@ -79,7 +79,6 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
                         is_causal};
   ZeroGateParams params = arguments.params();
   Tensor output = new_output(arguments);
-  if (arguments.packed()) torch::stable::zero_(output);  // tokens after the last sequence; where it ends only the GPU knows
   Tensor logsumexp = new_logsumexp(arguments, params);
   params.output = view_of(output);
   params.logsumexp = row_view_of(logsumexp);

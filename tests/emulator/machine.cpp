@@ -7,6 +7,7 @@
 #include <map>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -14,6 +15,15 @@ namespace {
 thread_local Block* active = nullptr;
 uint64_t current_seed = 0;
 Counts current_counts;
+constexpr uint64_t kSectorBytes = 32;
+
+// forward_kernel of "... kKernel = lak::sm80::forward_kernel<...>; ..."
+std::string short_name(const std::string& kernel) {
+  const size_t at = kernel.find("kKernel = ");
+  if (at == std::string::npos) return kernel;
+  const std::string name = kernel.substr(at + 10, kernel.find_first_of("<;]", at) - at - 10);
+  return name.substr(name.rfind(':') + 1);
+}
 
 // Stacks of up to 1024 fibers, mapped once: pages that no fiber touches cost nothing.
 uint8_t* stack_of(unsigned number) {
@@ -33,6 +43,28 @@ std::string place(const Where& where) {
 
 std::string text(Index i) { return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")"; }
 
+struct Range {
+  std::string name;
+  uint64_t begin, end;
+  bool writable;
+  std::vector<bool> read, written;  // sectors of the launch that runs
+  uint64_t asked = 0;
+};
+std::vector<Range> ranges;
+std::map<std::string, Traffic> traffic;
+std::map<std::string, Blocks> block_counts;
+
+void count_sectors() {
+  for (Range& range : ranges) {
+    Traffic& total = traffic[range.name];
+    total.asked += std::exchange(range.asked, 0);
+    total.read += kSectorBytes * std::count(range.read.begin(), range.read.end(), true);
+    total.written += kSectorBytes * std::count(range.written.begin(), range.written.end(), true);
+    range.read.assign(range.read.size(), false);
+    range.written.assign(range.written.size(), false);
+  }
+}
+
 }  // namespace
 
 Block& active_block() {
@@ -50,6 +82,7 @@ Block::Block(const Launch& launch, Index block_index, uint64_t seed)
   rendezvous_.resize((count + 31) / 32);
   warp_epochs_.assign((count + 31) / 32, 1);
   barriers_.resize(16);
+  reductions_.resize((count + 31) / 32);
   shared_.assign(launch.shared_bytes, 0xff);  // NaN in every floating-point type
   words_.resize((launch.shared_bytes + 3) / 4);
   alive_ = count;
@@ -306,7 +339,8 @@ void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, W
 
 void Block::issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where) {
   shared(target, bytes, "cp.async", where);
-  if (source != nullptr) check_global(source, bytes, false, where);
+  copied_ = true;
+  if (source != nullptr) check_global(source, bytes, Access::kRead, where);
   // It may land at any time from now on: whoever still reads there races with it.
   note_write(target, bytes, where);
   for (uint32_t a = target; a < target + bytes; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
@@ -337,6 +371,13 @@ void Block::wait_copies(unsigned left) {
   groups.erase(groups.begin(), groups.begin() + land);
 }
 
+// The lanes of a warp run by themselves, but their n-th additions are one instruction.
+void Block::note_reduction(const void* address) {
+  ++current_counts.reductions;
+  auto& sectors = reductions_[current_->warp][current_->reductions++];
+  if (sectors.insert(reinterpret_cast<uint64_t>(address) / kSectorBytes).second) ++current_counts.reduction_sectors;
+}
+
 void run(const Launch& launch) {
   if (active != nullptr) throw std::runtime_error("emulator: a launch from device code");
   const uint64_t threads = static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
@@ -356,35 +397,42 @@ void run(const Launch& launch) {
   for (uint64_t flat : order) {
     const Index index{static_cast<unsigned>(flat % launch.grid.x), static_cast<unsigned>(flat / launch.grid.x % launch.grid.y),
                       static_cast<unsigned>(flat / launch.grid.x / launch.grid.y)};
-    Block(launch, index, current_seed + 3 * flat).run();
+    Block block(launch, index, current_seed + 3 * flat);
+    block.run();
+    Blocks& blocks = block_counts[short_name(launch.kernel)];
+    ++blocks.launched;
+    blocks.idle += block.idle();
   }
+  count_sectors();
 }
 
 // ---- global memory ----
-namespace {
-struct Range {
-  std::string name;
-  uint64_t begin, end;
-  bool writable;
-};
-std::vector<Range> ranges;
-}  // namespace
-
 void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable) {
   const auto begin = reinterpret_cast<uint64_t>(data);
-  if (bytes > 0) ranges.push_back({name, begin, begin + bytes, writable});
+  if (bytes == 0) return;
+  const size_t sectors = (begin + bytes - 1) / kSectorBytes - begin / kSectorBytes + 1;
+  ranges.push_back({name, begin, begin + bytes, writable, std::vector<bool>(sectors), std::vector<bool>(sectors)});
 }
 
 void forget_memory() { ranges.clear(); }
 
-void check_global(const void* address, uint64_t bytes, bool write, Where where) {
+std::map<std::string, Traffic> take_traffic() { return std::exchange(traffic, {}); }
+std::map<std::string, Blocks> take_blocks() { return std::exchange(block_counts, {}); }
+
+void check_global(const void* address, uint64_t bytes, Access access, Where where) {
   const auto begin = reinterpret_cast<uint64_t>(address);
+  const bool write = access != Access::kRead;
   Block& block = active_block();
   if (begin % bytes != 0) block.fail("misaligned access of " + std::to_string(bytes) + " bytes of global memory", where);
   const Range* nearest = nullptr;
-  for (const Range& range : ranges) {
+  for (Range& range : ranges) {
     if (begin >= range.begin && begin + bytes <= range.end) {
       if (write && !range.writable) block.fail("write to " + range.name + ", which is only to be read", where);
+      const uint64_t sector = begin / kSectorBytes - range.begin / kSectorBytes;  // an aligned access has a single one
+      if (access != Access::kWrite) range.read[sector] = true;
+      if (write) range.written[sector] = true;
+      if (write) block.note_written();
+      range.asked += bytes;
       return;
     }
     if (begin + 4096 >= range.begin && begin < range.end + 4096) nearest = &range;

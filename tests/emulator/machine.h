@@ -9,6 +9,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <set>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -39,6 +41,7 @@ struct Thread {
   const char* waits_for = nullptr;  // nullptr: runnable
   Where where;
   std::vector<Copy> open_group;               // issued, not committed
+  uint32_t reductions = 0;
   std::vector<std::vector<Copy>> copies;      // committed groups, oldest first
 };
 
@@ -78,6 +81,7 @@ class Block {
 
   Thread& thread() { return *current_; }
   const Launch& launch() const { return launch_; }
+  bool idle() const { return !wrote_ && !copied_; }
   Index index() const { return index_; }
 
   void barrier(unsigned id, unsigned threads, Where where);
@@ -90,6 +94,8 @@ class Block {
   void issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where);
   void commit_copies();
   void wait_copies(unsigned groups_left_in_flight);
+  void note_reduction(const void* address);
+  void note_written() { wrote_ = true; }
 
   // Stops the block: the report names kernel, block, thread and source line.
   [[noreturn]] void fail(const std::string& what, Where where);
@@ -125,6 +131,8 @@ class Block {
   uint64_t random_;
   int policy_;
   unsigned alive_ = 0;
+  bool wrote_ = false, copied_ = false;
+  std::vector<std::map<uint32_t, std::set<uint64_t>>> reductions_;  // of a warp: sectors of its n-th instruction
   std::string error_;
 };
 
@@ -139,11 +147,26 @@ void set_seed(uint64_t seed);
 // ---- global memory: nothing but what was registered may be touched through the access wrappers ----
 void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable);
 void forget_memory();
-void check_global(const void* address, uint64_t bytes, bool write, Where where);
+enum class Access { kRead, kWrite, kAdd };
+void check_global(const void* address, uint64_t bytes, Access access, Where where);
+
+// Bytes of one registered memory. `asked`: what threads asked for. The others count 32-byte sectors once for each launch: what
+// comes from memory and goes there when a launch finds nothing in the caches and loses nothing of what it has read.
+struct Traffic {
+  uint64_t asked = 0, read = 0, written = 0;
+};
+std::map<std::string, Traffic> take_traffic();
+
+// Blocks of a kernel, and how many of them neither started a copy nor wrote anything.
+struct Blocks {
+  uint64_t launched = 0, idle = 0;
+};
+std::map<std::string, Blocks> take_blocks();
 
 // ---- statistics of the launches since the last call, for the predicted costs of a kernel ----
 struct Counts {
-  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0, reductions = 0;
+  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
+  uint64_t reductions = 0, reduction_sectors = 0;  // of threads; 32-byte sectors that the instructions of warps touch
 };
 Counts& counts();
 

@@ -41,6 +41,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
   auto& block = emulator::active_block();
   const auto& size = block.launch().block;
@@ -137,6 +143,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 namespace emulator {
@@ -146,6 +153,10 @@ struct Device {
   cudaError_t code_error = cudaSuccess;    // of loading a kernel
 };
 Device& device();
+inline int shared_memory_of_multiprocessor() {
+  const int capability = device().capability;
+  return (capability == 86 || capability == 89 ? 100 : capability < 90 ? 164 : 228) * 1024;
+}
 }  // namespace emulator
 struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
@@ -155,7 +166,8 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, emulator::de
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulator::shared_memory_of_multiprocessor() - 1024) return cudaErrorInvalidValue;
   return emulator::device().code_error;
 }
 template <class Kernel>
@@ -168,7 +180,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = emulator::device().capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = emulator::device().capability % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = emulator::shared_memory_of_multiprocessor(); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_memory_of_multiprocessor() - 1024; break;
   }
   return emulator::device().driver_error;
 }
