@@ -194,7 +194,8 @@ def _shapes(
     """Shapes of a shard's tensors by their names without the layer. Llama 3 splits its embeddings by rows."""
     hidden, ffn, vocabulary = parameters.hidden_size, sizes["ffn"] // count, sizes["vocabulary"]
     queries, keys = parameters.heads * parameters.head_dim, parameters.groups * parameters.head_dim
-    if queries % count or keys % count or hidden % count:
+    # Whole heads: the rows of a head are put in another order.
+    if parameters.heads % count or parameters.groups % count or hidden % count:
         raise ValueError(
             f"params.json: {parameters.heads} and {parameters.groups} heads do not divide over {count} shards"
         )

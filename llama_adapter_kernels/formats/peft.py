@@ -77,7 +77,10 @@ def read(source: Source, choices: Choices) -> Reading:
     unknown = [name for name in source.shapes if not _KEY.fullmatch(name)]
     config = AdapterConfig(prefix_length=shape[1], num_layers=len(layers), gate="identity", gate_shape="scalar")
     base = {"hidden_size": shape[2], "num_hidden_layers": layers[-1] + 1}
-    return Reading(AdapterState(config, base, tensors, source.load(unknown)), notes + unknown_note(unknown))
+    bias = (
+        "a bias of the output projection counts twice in PEFT: only loading onto a model reproduces that, a file cannot"
+    )
+    return Reading(AdapterState(config, base, tensors, source.load(unknown)), (*notes, bias, *unknown_note(unknown)))
 
 
 def _compare(source: Source, layers: int, length: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from llama_adapter_kernels.cli import app
@@ -66,6 +67,45 @@ def test_a_killed_evaluation_ends_with_the_same_answers_and_scores(
     assert asked == [4, 1]  # the first batch of four was whole
     for name in ("predictions.jsonl", "scores.jsonl"):
         assert sorted((cut / name).read_text().splitlines()) == sorted((whole / name).read_text().splitlines())
+
+
+def test_the_model_sees_the_pictures_unless_told_not_to(
+    science: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question of nine has a picture: it alone is shown, and decides about its answer alone."""
+    import llama_adapter_kernels as lak
+    from llama_adapter_kernels.integrations.conditioning import Conditioning
+    from llama_adapter_kernels.models import load_model
+    from tests.support.encoders import save_vision
+
+    problems = json.loads((science / "problems.json").read_text())
+    problems["4"]["image"] = "image.png"
+    (science / "problems.json").write_text(json.dumps(problems))
+    (science / "test" / "4").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(science / "test" / "4" / "image.png")
+    network = load_model(str(tiny_model), torch.float32)
+    adapter = lak.attach_adapter(network, lak.AdapterConfig())
+    lak.attach_conditioning(network, str(save_vision(tmp_path / "encoder", "vit")), kind="multi_scale")
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.gate.fill_(3.0)
+        network.zero_gate_conditioning.projection.projection.weight.mul_(30.0)
+    adapter.save_pretrained(tmp_path / "adapter")
+    shown: list[Path | None] = []
+    seeing = Conditioning.seeing
+    monkeypatch.setattr(Conditioning, "seeing", lambda self, files: shown.extend(files) or seeing(self, files))
+    arguments = ("scienceqa", "--data", science, "--model", tiny_model, "--adapter", tmp_path / "adapter", "--cpu",
+                 "--max-new-tokens", 4, "--batch-size", 9)  # fmt: skip
+    evaluate(*arguments, "--output", tmp_path / "seen")
+    assert [path for path in shown if path] == [science / "test" / "4" / "image.png"]
+    shown.clear()
+    evaluate(*arguments, "--text-only", "--output", tmp_path / "unseen")
+    assert not any(shown)
+    lines = [
+        {line["id"]: line["prediction"] for line in map(json.loads, path.read_text().splitlines()[1:])}
+        for path in (tmp_path / "seen" / "predictions.jsonl", tmp_path / "unseen" / "predictions.jsonl")
+    ]
+    assert {number for number in lines[0] if lines[0][number] != lines[1][number]} == {"4"}
 
 
 def test_predictions_of_another_evaluation_are_not_mixed(science: Path, tiny_model: Path, tmp_path: Path) -> None:

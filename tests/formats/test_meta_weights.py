@@ -59,6 +59,28 @@ def write_shards(
     (folder / "params.json").write_text(json.dumps(parameters))
 
 
+def test_eight_shards_as_65b_has_them(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    write_shards(tmp_path / "meta", model, 8, LLAMA_1 | {"dim": 64, "n_layers": 2, "n_heads": 8})
+    meta_weights.convert(tmp_path / "meta", tmp_path / "new")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
+    assert torch.equal(written(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_shards_that_cut_heads_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path / "meta", small_llama(), 8, LLAMA_1)
+    with pytest.raises(ValueError, match="4 and 4 heads do not divide over 8 shards"):
+        meta_weights.convert(tmp_path / "meta", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(("shards", "groups", "along"), [(1, HEADS, 1), (2, HEADS, 1), (4, HEADS, 1), (2, 2, 0)])
 def test_logits_are_those_of_the_shards(tmp_path: Path, shards: int, groups: int, along: int) -> None:
     model = small_llama(groups)
