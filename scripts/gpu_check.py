@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and less than ten minutes.
 
-    scripts/gpu_check.sh [--output FOLDER]
+    scripts/gpu_check.sh [--output FOLDER] [--only smoke,tests,sanitizer,bench,profile]
 
 In this order: build for this card, a smoke test of each backend in a process of its own, the tests, compute-sanitizer,
 races that record which backend is the faster one, profiles of the main kernels. A backend whose smoke test fails is left
@@ -13,6 +13,7 @@ is used.
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1].resolve()
 FORMAT, VERSION = "llama-adapter-kernels GPU check", 1
+PARTS = ("smoke", "tests", "sanitizer", "bench", "profile")
 SANITIZED = "bfloat16 and (s17-17 or s65-64 or (decode and 64 and none))"
 
 # name: (backend, kernels by regular expression), the first launch of each is profiled
@@ -64,6 +66,7 @@ class Check:
     folder: Path
     python: str
     deadline: float
+    parts: frozenset[str] = frozenset(PARTS)
     steps: list[Step] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
     profiles: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -105,18 +108,10 @@ class Check:
 
     def tests(self, name: str, limit: float, arguments: list[str], prefix: list[str] | None = None) -> None:
         """pytest: a run in which every test was skipped has failed."""
-        command = [
-            *(prefix or []),
-            self.python,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            *arguments,
-        ]
+        options = ["-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        if not prefix and importlib.util.find_spec("xdist"):
+            options += ["-n", str(min(8, os.cpu_count() or 1))]  # Triton compiles on the CPU
+        command = [*(prefix or []), self.python, "-m", "pytest", *options, *arguments]
         found = self.step(name, limit, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else None)
         if found.status == "passed" and not re.search(r"\d+ passed", self.log(name)):
             self._say(found, "failed", "no test ran")
@@ -153,7 +148,8 @@ def build(check: Check, carried: str | None) -> None:
     package = ROOT / "llama_adapter_kernels"
     if carried:
         libraries = [str(path) for path in sorted(Path(carried).glob("libllama_adapter_kernels*.so"))]
-        check.step("carry", 20, ["cp", *libraries, str(package)])
+        if Path(carried).resolve() != package:
+            check.step("carry", 20, ["cp", *libraries, str(package)])
         return
     include = first_line(check.python, "-c", "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
     architecture = check.machine["compute_capability"].replace(".", "")
@@ -185,16 +181,18 @@ def run(check: Check, carried: str | None) -> None:
         smoke[backend] = found.status == "passed"
     check.step("info", 30, [python, "-m", "llama_adapter_kernels", "info"])
 
-    def only(backend: str, name: str, call: Callable[[], Any]) -> None:
-        if smoke[backend]:
+    def only(backend: str, name: str, part: str, call: Callable[[], Any]) -> None:
+        if part not in check.parts:
+            check.leave_out(name, "not asked for")
+        elif smoke[backend]:
             call()
         else:
             check.leave_out(name, f"smoke_{backend} did not pass")
 
     xml = "--junitxml={}/{}.xml"
-    only("cuda", "tests_cuda", lambda: check.tests(
+    only("cuda", "tests_cuda", "tests", lambda: check.tests(
         "tests_cuda", 150, ["tests/cuda", "tests/cuda_torch", xml.format(check.folder, "tests_cuda")]))  # fmt: skip
-    only("triton", "tests_triton", lambda: check.tests(
+    only("triton", "tests_triton", "tests", lambda: check.tests(
         "tests_triton", 90, ["tests/triton", xml.format(check.folder, "tests_triton")]))  # fmt: skip
     installed = (str(path) for path in Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
     sanitizer = shutil.which("compute-sanitizer") or next(installed, None)
@@ -204,10 +202,12 @@ def run(check: Check, carried: str | None) -> None:
             continue
         # Without torch's caching allocator every tensor is an allocation of its own, whose ends the tool knows.
         prefix = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-        only("cuda", tool, lambda t=tool, p=prefix: check.tests(  # type: ignore[misc]
+        only("cuda", tool, "sanitizer", lambda t=tool, p=prefix: check.tests(  # type: ignore[misc]
             t, 75, ["tests/cuda/test_cuda_on_gpu.py", "-k", SANITIZED], p))  # fmt: skip
     (check.folder / "bench.json").unlink(missing_ok=True)  # of an earlier check: the command never overwrites figures
-    if any(smoke.values()):
+    if "bench" not in check.parts:
+        check.leave_out("bench", "not asked for")
+    elif any(smoke.values()):
         options = ["--device", "cuda", "--quick", "--minutes", "2", "--output", str(check.folder / "bench.json")]
         options += ["--record-order"] if all(smoke.values()) else []
         check.step("bench", 150, [python, "-m", "llama_adapter_kernels", "bench", *options])
@@ -217,7 +217,7 @@ def run(check: Check, carried: str | None) -> None:
         if shutil.which("ncu") is None:
             check.leave_out(f"profile_{name}", "ncu is not on this machine")
         else:
-            only(backend, f"profile_{name}", lambda n=name: profile(check, n))  # type: ignore[misc]
+            only(backend, f"profile_{name}", "profile", lambda n=name: profile(check, n))  # type: ignore[misc]
 
 
 def races(folder: Path) -> list[dict[str, Any]]:
@@ -266,12 +266,21 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of the logs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the summary")
     parser.add_argument("--seconds", type=float, default=540, help="for everything together")
-    parser.add_argument("--carried", help="take libllama_adapter_kernels*.so from this folder instead of building")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="which parts, of " + ",".join(PARTS) + "; smoke always runs"
+    )
+    parser.add_argument(
+        "--carried",
+        help="take libllama_adapter_kernels*.so from this folder (the package's own, if they are there) instead of building",
+    )
     parser.add_argument("--python", default=sys.executable, help="what runs the steps")
     options = parser.parse_args()
+    parts = frozenset(options.only.split(","))
+    if unknown := parts - set(PARTS):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     for folder in (options.output, options.results):
         folder.mkdir(parents=True, exist_ok=True)
-    check = Check(options.output.resolve(), options.python, time.monotonic() + options.seconds)
+    check = Check(options.output.resolve(), options.python, time.monotonic() + options.seconds, parts)
     check.machine = machine(options.python)
     print(json.dumps(check.machine, indent=1), flush=True)
     try:
@@ -290,7 +299,7 @@ def main() -> int:
         (options.results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
         (options.results / f"{name}.md").write_text(markdown(check, found))
         print(f"written: {options.results / name}.json and .md", flush=True)
-    passed = all(step.status == "passed" for step in check.steps)
+    passed = all(step.status == "passed" for step in check.steps if step.note != "not asked for")
     print("all passed" if passed else "NOT all passed")
     return 0 if passed else 1
 
