@@ -58,6 +58,9 @@ def finetune(
     ] = "auto",
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    shard: Annotated[
+        bool, Option("--shard", help="Split the frozen model over the processes of torchrun (FSDP2).")
+    ] = False,
     save_steps: Annotated[int | None, Option(help="Between checkpoints.  [default: an epoch, at most 500]")] = None,
     keep_checkpoints: Annotated[int, Option(help="Older ones are removed.")] = 2,
     log_steps: Annotated[int, Option(help="Steps between logged losses.")] = 10,
@@ -120,6 +123,7 @@ def finetune(
         tokens_per_micro_batch=tokens_per_micro_batch,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=gradient_checkpointing,
+        shard=shard,
         save_steps=save_steps,
         keep_checkpoints=keep_checkpoints,
         log_steps=log_steps,

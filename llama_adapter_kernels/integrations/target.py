@@ -127,6 +127,11 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
+def layers_of(target: Target) -> tuple[nn.Module, ...]:
+    """The layers that the attention modules belong to, in order."""
+    return tuple(_at(target.stem, target.architecture.attention.split("*")[0].strip(".")))
+
+
 def _attention_modules(stem: nn.Module, architecture: Architecture) -> tuple[Any, ...]:
     before, after = (part.strip(".") for part in architecture.attention.split("*"))
     try:

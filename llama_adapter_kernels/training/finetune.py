@@ -36,6 +36,7 @@ from llama_adapter_kernels.training.run_folder import (
     prepare_output,
 )
 from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
+from llama_adapter_kernels.training.sharding import heed_launcher
 from llama_adapter_kernels.training.templates import choose_template
 from llama_adapter_kernels.training.tokens import tokenize
 
@@ -66,6 +67,7 @@ def finetune(
     """
     settings, execution = settings or Settings(), execution or Execution()
     check_settings(settings, execution)
+    execution = heed_launcher(execution)
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process:
         check_output(output, resume=resume, overwrite=overwrite)

@@ -23,6 +23,7 @@ from llama_adapter_kernels.training.run_folder import (
     remembered_capacity,
 )
 from llama_adapter_kernels.training.settings import Execution, Settings
+from llama_adapter_kernels.training.sharding import shard_frozen
 from llama_adapter_kernels.training.tokens import Example
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,10 @@ def train(
         seed=settings.seed,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, never DataParallel
+    if execution.shard and arguments.world_size > 1:
+        shard_frozen(network, arguments.device)
+    elif execution.shard:
+        log.warning("--shard: there is one process, which has all of the model; torchrun starts several")
     micro_batches = micro_batches_of(plan, network, adapter, settings, execution, arguments, output, checkpoint)
     dataset = StepDataset(examples, plan, micro_batches)
     total_steps = plan.total_steps

@@ -60,6 +60,7 @@ class Execution:
     tokens_per_micro_batch: int | None = None  # per process at a time, at most; None: what memory has room for
     micro_batch_size: int | None = None  # or examples per process at a time, on average
     gradient_checkpointing: bool = False
+    shard: bool = False  # the frozen base model in pieces, one for each process
     save_steps: int | None = None  # None: every epoch, at least every 500 steps
     keep_checkpoints: int = 2
     log_steps: int = 10

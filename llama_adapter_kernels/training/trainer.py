@@ -31,6 +31,7 @@ from llama_adapter_kernels.training.checkpoints import (
 from llama_adapter_kernels.training.held_out import Best, HeldOut
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import StepDataset
+from llama_adapter_kernels.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,14 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # StepDataset shuffles by itself, the same for every rank
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """A base model in pieces is none for accelerate, whose DDP refuses them: this one averages the adapter alone."""
+        if not (training and is_sharded(model)):
+            wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+            return wrapped
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return nn.parallel.DistributedDataParallel(prepared, find_unused_parameters=False)
 
     def compute_loss(
         self,
