@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         set_adapter,
     )
     from llama_adapter_kernels.integrations.conditioning import Conditioning, attach_conditioning, load_conditioning
+    from llama_adapter_kernels.integrations.peft.accelerating import accelerate_peft, restore_peft
     from llama_adapter_kernels.integrations.registry import known_architectures, register_architecture
     from llama_adapter_kernels.integrations.transformers.trainer import AdapterTrainerMixin
     from llama_adapter_kernels.ops.attention import (
@@ -40,6 +41,7 @@ _LAZY = {
     "Separate": "integrations.architectures",
     "Tuning": "adapters.v2",
     "ZeroGateAdapter": "integrations.adapter",
+    "accelerate_peft": "integrations.peft.accelerating",
     "adapters_per_sequence": "integrations.choosing",
     "attach_adapter": "integrations.attach",
     "attach_conditioning": "integrations.conditioning",
@@ -51,6 +53,7 @@ _LAZY = {
     "load_adapter": "integrations.attach",
     "load_conditioning": "integrations.conditioning",
     "register_architecture": "integrations.registry",
+    "restore_peft": "integrations.peft.accelerating",
     "set_adapter": "integrations.choosing",
     "use_backend": "ops.backends",
     "zero_gate_attention": "ops.attention",
@@ -83,6 +86,7 @@ __all__ = [
     "Separate",
     "Tuning",
     "ZeroGateAdapter",
+    "accelerate_peft",
     "adapters_per_sequence",
     "attach_adapter",
     "attach_conditioning",
@@ -94,6 +98,7 @@ __all__ = [
     "load_adapter",
     "load_conditioning",
     "register_architecture",
+    "restore_peft",
     "set_adapter",
     "use_backend",
     "zero_gate_attention",

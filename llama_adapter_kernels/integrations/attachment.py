@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.selection import Selection
-from llama_adapter_kernels.adapters.table import FrozenPrefixes, LayerPrefix
+from llama_adapter_kernels.adapters.table import FrozenPrefixes
 from llama_adapter_kernels.integrations import tuning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
+from llama_adapter_kernels.integrations.generations import Generations
 from llama_adapter_kernels.integrations.slot import Routing, Slot
 
 ATTRIBUTE = "_zero_gate"  # of the module whose forward passes the adapters take part in
@@ -67,7 +67,7 @@ class Attachment:
         self.lock = threading.RLock()
         self._in_use: dict[str, int] = {}
         self._detached: dict[str, ZeroGateAdapter] = {}
-        self._generations: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+        self._generations = Generations()
         self.blocks = 0  # of adapters_per_sequence, in all threads
         # What compiled forward passes use: torch.compile reads no context variable, so it is that of all threads.
         self.innermost: Override | None = None
@@ -186,10 +186,7 @@ class Attachment:
         compiling = torch.compiler.is_compiling()
         override = self.innermost if compiling else self.current_override()
         selection, repeats = (self._active, 1) if override is None else (override.selection, override.repeats)
-        kept = None
-        if past is not None and not (compiling or module.training or torch.is_grad_enabled() or torch.jit.is_tracing()):
-            kept = self._kept(past, tokens, selection)
-        return Routing(selection, repeats, kept)
+        return Routing(selection, repeats, self._generations.prefixes(module, past, tokens, selection))
 
     def running_routing(self) -> Routing:
         """For attention modules that no keyword argument reaches."""
@@ -202,50 +199,3 @@ class Attachment:
         """Says what `running_routing` answers in this thread; None: the forward pass has ended."""
         others = {key: value for key, value in _running.get().items() if key != id(self)}
         _running.set(others if routing is None else {**others, id(self): routing})
-
-    def _kept(self, past: Any, tokens: int, selection: Selection) -> dict[int, LayerPrefix | None] | None:
-        """Prefixes that live as long as the generation that `past` belongs to."""
-        mark = _mark(past)
-        if mark is None:
-            return None
-        generation = self._generations.get(past)
-        if generation is None or tokens != 1 or generation.selection is not selection or not generation.goes_on(mark):
-            generation = Generation(selection)
-            self._generations[past] = generation
-        generation.mark = mark
-        return generation.prefixes
-
-
-class Generation:
-    """The prefixes of one generation: computed in its first forward pass, dropped with its cache of keys and values."""
-
-    __slots__ = ("mark", "prefixes", "selection")
-
-    def __init__(self, selection: Selection) -> None:
-        self.selection = selection
-        self.prefixes: dict[int, LayerPrefix | None] = {}
-        self.mark: Mark = (True, 0)
-
-    def goes_on(self, mark: "Mark") -> bool:
-        """Whether the cache still holds what it held after this generation's last forward pass."""
-        readable, number = mark
-        if readable:
-            return number > 0
-        # A cache that was empty and had no memory yet starts to count versions with its first update.
-        return number == (1 if self.mark == (True, 0) else self.mark[1] + 1)
-
-
-# (True, tokens in a cache) or (False, version of the tensor that counts them): every forward pass adds one to it, so that
-# a reset between two passes shows without reading from the device.
-Mark = tuple[bool, int]
-
-
-def _mark(past: Any) -> Mark | None:
-    length = past.get_seq_length() if hasattr(past, "get_seq_length") else None
-    if isinstance(length, int):
-        return True, length
-    if not isinstance(length, Tensor):
-        return None
-    if length.device.type == "cpu":
-        return True, int(length)
-    return None if length.is_inference() else (False, length._version)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llama_adapter_kernels.integrations.attachment import ATTRIBUTE, Attachment
+from llama_adapter_kernels.integrations.generations import new_tokens
 from llama_adapter_kernels.integrations.slot import ROUTING
 
 
@@ -41,10 +42,8 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         attachment.check(module, kwargs)
     if module.training and attachment.expects_training:
         _warn_if_frozen(attachment)
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    routing = attachment.routing(module, kwargs.get("past_key_values"), 0 if tokens is None else tokens.shape[1])
+    past = kwargs.get("past_key_values")
+    routing = attachment.routing(module, past, 0 if past is None else new_tokens(args, kwargs))
     if attachment.keywords:
         kwargs[ROUTING] = routing
     elif not torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
 """The adapters of one attention module: a submodule of it that turns prompts into the prefix of a forward pass."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SLOT = "zero_gate"  # the attribute of an attention module that holds its Slot
 ROUTING = "zero_gate_routing"  # the keyword argument that carries the Routing of a forward pass
+PREFIX = "zero_gate_prefix"  # the keyword argument that carries what gives the prefix in place of the module's Slot
 
 
 class Routing:
@@ -28,15 +29,24 @@ class Routing:
     Attributes:
         selection: which adapter each sequence uses.
         repeats: generation runs each sequence this many times in a row (beams).
-        kept: prefixes by layer number that live as long as one generation; None where nothing may be kept.
+        kept: prefixes that live as long as one generation, by layer number or whatever tells layers apart; None where
+            nothing may be kept.
     """
 
     __slots__ = ("kept", "repeats", "selection")
 
     def __init__(
-        self, selection: Selection, repeats: int = 1, kept: dict[int, LayerPrefix | None] | None = None
+        self, selection: Selection, repeats: int = 1, kept: dict[Any, LayerPrefix | None] | None = None
     ) -> None:
         self.selection, self.repeats, self.kept = selection, repeats, kept
+
+
+class GivesPrefix(Protocol):
+    """Where an attention function gets the prefix of its layer."""
+
+    def prefix(self, module: nn.Module, query: Tensor, routing: Routing | None, sequences: int) -> LayerPrefix | None:
+        """See Slot.prefix."""
+        ...
 
 
 class Slot(nn.Module):

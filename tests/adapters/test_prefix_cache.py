@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import DynamicCache, StaticCache
 
 import llama_adapter_kernels as lak
-from llama_adapter_kernels.integrations.attachment import Generation, _mark
+from llama_adapter_kernels.integrations.generations import Generation, _mark
 from llama_adapter_kernels.integrations.slot import Slot
 from tests.support.small_models import TOKENS, adapted, build
 
@@ -195,6 +195,15 @@ def test_what_a_generation_kept_goes_with_its_cache() -> None:
     del past
     gc.collect()
     assert len(kept) == 0
+
+
+def test_gpt2_whose_head_passes_tokens_by_position_computes_its_prefix_once(computed: list[int]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64)).eval()
+    lak.attach_adapter(model, lak.AdapterConfig(prefix_length=2))
+    model.generate(TOKENS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=95)
+    assert len(computed) == 2
 
 
 def test_training_and_gradients_keep_nothing(computed: list[int]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels.adapters.table import LayerPrefix
-from llama_adapter_kernels.integrations.slot import ROUTING, SLOT, Slot
+from llama_adapter_kernels.integrations.slot import PREFIX, ROUTING, SLOT, GivesPrefix
 from llama_adapter_kernels.integrations.transformers.dropout import words_with_dropout
 from llama_adapter_kernels.integrations.transformers.masks import CompactMask, Packed, Window
 from llama_adapter_kernels.ops import backends
@@ -46,7 +46,7 @@ def attention(
     for name in kwargs:
         if name in _REFUSED and kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: not supported with a zero-gate adapter ({_REFUSED[name]})")
-    slot: Slot | None = module._modules.get(SLOT)
+    slot: GivesPrefix | None = kwargs.get(PREFIX) or module._modules.get(SLOT)
     packed = kwargs.get("cu_seq_lens_q") is not None or isinstance(attention_mask, Packed)
     if packed and not dropout:
         return _packed(module, slot, query, key, value, attention_mask, scaling, kwargs), None
@@ -125,7 +125,7 @@ def _needs_gradient(query: Tensor, key: Tensor, value: Tensor, prefix: LayerPref
 
 
 def _packed(
-    module: Any, slot: Slot | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CompactMask | None,
+    module: Any, slot: GivesPrefix | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | CompactMask | None,
     scaling: float | None, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Packed sequences that do not see each other: by cu_seq_lens (FlashAttentionKwargs), or found in position_ids."""

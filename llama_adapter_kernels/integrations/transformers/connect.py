@@ -50,8 +50,8 @@ def connect(target: Target) -> list[Callable[[], None]]:
     return [partial(setattr, config, "_attn_implementation", before)]
 
 
-def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Called before every forward pass.
+def check_call(module: nn.Module, kwargs: dict[str, Any], undo: str = "detach_adapter(model)") -> None:
+    """Called before every forward pass; `undo`: what gives the model back as it was.
 
     Raises:
         TypeError: a keyword argument that nothing reads.
@@ -67,7 +67,7 @@ def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
     if implementation != IMPLEMENTATION:
         raise ValueError(
             f"attention implementation: expected {IMPLEMENTATION!r} as long as an adapter is attached, got "
-            f"{implementation!r}, without which the adapter would do nothing; detach_adapter(model) comes first"
+            f"{implementation!r}, with which the adapter would do nothing; {undo} comes first"
         )
 
 

@@ -18,22 +18,33 @@ from llama_adapter_kernels.integrations.target import Target
 
 def exchange(target: Target) -> list[Callable[[], None]]:
     """Exchanges `save_pretrained` and `set_attn_implementation` of the model. Returns what undoes it."""
+    undo = _put(target, "save_pretrained", save_adapters, target.stem)
+    return undo + refuse_implementations(target, "detach_adapter(model)")
+
+
+def refuse_implementations(target: Target, instead: str) -> list[Callable[[], None]]:
+    """Exchanges `set_attn_implementation` alone; `instead`: what the user has to do first. Returns what undoes it."""
+    return _put(target, "set_attn_implementation", refuse_implementation, instead)
+
+
+def _put(target: Target, name: str, function: Callable[..., Any], *more: Any) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     for module in {id(module): module for module in (target.model, target.stem)}.values():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        for name, function in (("save_pretrained", save_adapters), ("set_attn_implementation", refuse_implementation)):
-            if name not in module.__dict__:
-                module.__dict__[name] = partial(function, module, target.stem)
-                undo.append(partial(module.__dict__.pop, name))
+        if isinstance(module, PreTrainedModel) and name not in module.__dict__:
+            module.__dict__[name] = partial(function, module, *more)
+            undo.append(partial(_drop, module, name))
     return undo
 
 
-def refuse_implementation(model: nn.Module, stem: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _drop(module: nn.Module, name: str) -> None:
+    del module.__dict__[name]
+
+
+def refuse_implementation(model: nn.Module, instead: str, *args: Any, **kwargs: Any) -> None:
     """In place of `set_attn_implementation`."""
     raise ValueError(
-        "set_attn_implementation: not while a zero-gate adapter is attached, which would do nothing under another "
-        "attention; detach_adapter(model) comes first"
+        "set_attn_implementation: not while zero-gate attention runs, which would do nothing under another attention; "
+        f"{instead} comes first"
     )
 
 
