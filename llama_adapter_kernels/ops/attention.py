@@ -282,10 +282,14 @@ def _gate_per_prefix_and_head(gate: Tensor | None, prefix_key: Tensor | None, qu
     return gate.to(registration.accumulator_dtype(query.dtype)).expand(prefix_key.shape[0], query.shape[1])
 
 
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast attention runs in the lower precision, as scaled_dot_product_attention does."""
     device_type = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     cast = (torch.float32, torch.bfloat16, torch.float16)  # float64 stays, as in torch
