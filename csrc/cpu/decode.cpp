@@ -26,21 +26,23 @@ template <class C>
 constexpr int kChunk = kLanes<C> < 4 ? kLanes<C> : 4;
 constexpr int kSoftmaxChains = 2;  // vectors in turn, so that one's latencies hide behind the others
 
-// How the keys that a sequence sees are cut into ranges.
+// How the keys that a sequence sees are cut into ranges: as evenly as whole tiles allow. 513 keys are one range, because a
+// second one of a single key would cost as much as two hundred keys do.
 struct Ranges {
   int64_t begin, end, keys, count;  // range i: keys [begin + i * keys, end of that or `end`)
 
-  static constexpr int64_t kMost = 32;         // enough for many threads on one head; the combination stays cheap
-  static constexpr int64_t kFewestKeys = 512;  // of a range: a task of some 50 us
+  static constexpr int64_t kMost = 32;        // enough for many threads on one head; the combination stays cheap
+  static constexpr int64_t kUsualKeys = 512;  // of a range: a task of some 50 us; ranges have 0.75 to 1.5 times as many
 
-  static int64_t fewest_keys(int64_t rows) { return larger(kFewestKeys, 32 * rows); }  // states: a fraction of the keys
-  static int64_t most(int64_t seq_k, int64_t rows) {
-    return larger(1, smaller(kMost, (seq_k + fewest_keys(rows) - 1) / fewest_keys(rows)));
+  // The count for that many keys, which never falls as they grow. Many rows: their states are a fraction of the keys.
+  static int64_t most(int64_t seen, int64_t rows) {
+    const int64_t usual = larger(kUsualKeys, 32 * rows);
+    return larger(1, smaller(kMost, (seen + usual / 2) / usual));
   }
 
   Ranges(const Sequence& seq, int64_t rows) : begin(seq.key_begin), end(visible_end(seq, seq.queries - 1)) {
-    const int64_t seen = larger(0, end - begin);
-    keys = larger(fewest_keys(rows), round_up((seen + kMost - 1) / kMost, 256));
+    const int64_t seen = larger(0, end - begin), wanted = most(seen, rows);
+    keys = larger(64, round_up((seen + wanted - 1) / wanted, 64));
     count = larger(1, (seen + keys - 1) / keys);
   }
 };
@@ -176,15 +178,25 @@ class DecodeRows {
     for (int64_t i = rows * padded_depth; i < z.chunks * kChunk * padded_depth; ++i) s.query[i] = 0;
   }
 
+  // The prefix was last read a layer's weights ago and comes from memory, row by row, with nothing to hide that behind: it is
+  // asked for before the words.
+  void prefetch_prefix() const {
+    if (seq.prefix < 0) return;
+    constexpr int64_t most_bytes = 16 << 10;  // of keys and of values: what stays in L2 beside the words
+    const int64_t lines = (row_bytes(depth) + kCacheLine - 1) / kCacheLine;
+    const int64_t slots = smaller(p.prefix_length, most_bytes / row_bytes(depth));
+    Ahead keys = ahead(p.prefix_key, seq.prefix, 0), values = ahead(p.prefix_value, seq.prefix, 0);
+    for (int64_t line = 0; line < slots * lines; ++line) keys.prefetch_line(), values.prefetch_line();
+  }
+
   void words(int64_t begin, int64_t end, const Partial<C>& state) {
-    attend(p.key, p.value, batch, begin, end, state, [&](int64_t row) { return query_of(row) + seq.diagonal + 1; });
+    attend(p.key, p.value, batch, begin, end, seq.diagonal + 1, state);
   }
 
   // Combines `count` states that lie `state_bytes` apart, adds the prefix and writes the output rows.
   void finish(const char* states, const Sizes& z, int64_t state_bytes, int64_t count) {
     if (seq.prefix >= 0) {
-      const int64_t slots = p.prefix_length;
-      attend(p.prefix_key, p.prefix_value, seq.prefix, 0, slots, s.prefix, [&](int64_t) { return slots; });
+      attend(p.prefix_key, p.prefix_value, seq.prefix, 0, p.prefix_length, p.prefix_length, s.prefix);
     }
     const auto state = [&](int64_t i) {
       Scratch memory(const_cast<char*>(states) + i * state_bytes);
@@ -278,11 +290,11 @@ class DecodeRows {
     Ahead values, keys;  // this tile's values, the next tile's keys
   };
 
-  // Online softmax of all rows over keys [begin, end); a row sees those below limit(row). The scores of one step are computed
-  // between the sums of the step before, so that memory is asked for new keys and values all the time.
-  template <class Limit>
-  void attend(const TensorView& k_view, const TensorView& v_view, int64_t b, int64_t begin, int64_t end,
-              const Partial<C>& state, const Limit& limit) {
+  // Online softmax of all rows over keys [begin, end); query i sees those below limit + i. The scores of one step are computed
+  // between the sums of the step before, so that memory is asked for new keys and values all the time. Not inlined: the prefix
+  // finds the instructions in cache that the words have fetched.
+  __attribute__((noinline)) void attend(const TensorView& k_view, const TensorView& v_view, int64_t b, int64_t begin,
+                                        int64_t end, int64_t limit, const Partial<C>& state) {
     const int64_t chunks = (rows + kChunk - 1) / kChunk;
     for (int64_t i = 0; i < chunks * kLane; ++i) state.maximum[i] = kMinusInfinity, state.sum[i] = 0;
     for (int64_t i = 0; i < chunks * kChunk * padded_depth; ++i) state.accumulator[i] = 0;
@@ -310,7 +322,7 @@ class DecodeRows {
         constexpr int count = chunk_rows;
         alignas(kVectorBytes) C rescale[kLane];
         for (int64_t r = 0; r < smaller(count, rows - step.row); ++r) {
-          for (int64_t t = larger(0, limit(step.row + r) - step.k0); t < step.n; ++t)
+          for (int64_t t = larger(0, limit + query_of(step.row + r) - step.k0); t < step.n; ++t)
             step.scores[t * count + r] = kMinusInfinity;
         }
         const int64_t chunk = step.row / kChunk * kLane;
@@ -501,6 +513,7 @@ void decode_typed(const ZeroGateParams& p, const Parallel& parallel) {
     char* states = memory + layout.states + (b * p.heads_kv + head) * z.most_ranges * layout.state_bytes;
     Scratch state(states + range * layout.state_bytes);
     DecodeRows<T> rows(p, z, seq, b, head, scratch);
+    if (range + 1 == ranges.count) rows.prefetch_prefix();
     const int64_t begin = ranges.begin + range * ranges.keys;
     rows.words(begin, smaller(begin + ranges.keys, ranges.end), Partial<C>(state, z));
     const int64_t finished = __atomic_add_fetch(done + b * p.heads_kv + head, 1, __ATOMIC_ACQ_REL);

@@ -1,4 +1,6 @@
 // The ops on CPU tensors, and those that tell and force the instruction set.
+#include <cstdlib>
+#include <memory>
 #include <string>
 
 #include "cpu/cpu_kernels.h"
@@ -42,6 +44,11 @@ void check_values(const OpArguments& arguments, const ZeroGateParams& p) {
   }
 }
 
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
 class CpuBackend {
  public:
   explicit CpuBackend(const Tensor&)
@@ -57,6 +64,14 @@ class CpuBackend {
       case Pass::kDecode: return kernels_.decode_workspace(p, parallel_.threads);
     }
     return 0;
+  }
+
+  // Not torch's allocator: a call of an op from C++ takes as long as a short decode step.
+  static Memory allocate(const Tensor&, int64_t bytes) {
+    constexpr int64_t alignment = 64;
+    Memory memory(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
+    LAK_CHECK(memory != nullptr || bytes == 0, "llama_adapter_kernels (cpu): no memory for ", bytes, " bytes of workspace");
+    return memory;
   }
 
   void run(Pass pass, const ZeroGateParams& p) const {

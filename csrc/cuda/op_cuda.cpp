@@ -50,6 +50,8 @@ class CudaBackend {
     return 0;
   }
 
+  static TensorMemory allocate(const Tensor& query, int64_t bytes) { return tensor_memory(query, bytes); }
+
   void run(Pass pass, const ZeroGateParams& p) const {
     const auto launch = pass == Pass::kForward    ? lak_cuda_forward
                         : pass == Pass::kBackward ? lak_cuda_backward

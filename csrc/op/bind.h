@@ -5,6 +5,7 @@
 //   Tensor prepared(const Tensor&) const               the tensor in a layout that its kernels read
 //   void check_values(const OpArguments&, const ZeroGateParams&) const    of integer tensors, where reading them is free
 //   int64_t workspace(Pass, const ZeroGateParams&) const                  bytes
+//   auto allocate(const Tensor& query, int64_t bytes) const               owns them, 64-byte aligned; get(): where they are
 //   void run(Pass, const ZeroGateParams&) const
 //   void zero_tail(Pass, const Tensor& packed, const int32_t* cu_seqlens, const ZeroGateParams&) const
 //                                                      zeroes the tokens after the last sequence, unless run() did
@@ -32,8 +33,13 @@ inline Tensor new_logsumexp(const OpArguments& arguments, const ZeroGateParams& 
   return torch::stable::new_empty(arguments.query, {p.batch, p.heads_q, p.seq_q}, type);
 }
 
-inline Tensor new_workspace(const Tensor& query, int64_t bytes) {
-  return torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+// Scratch memory from torch's allocator, which aligns it to 64 bytes on a CPU and to 512 on a GPU.
+struct TensorMemory {
+  Tensor bytes;
+  void* get() const { return bytes.numel() > 0 ? bytes.data_ptr() : nullptr; }
+};
+inline TensorMemory tensor_memory(const Tensor& query, int64_t bytes) {
+  return {torch::stable::new_empty(query, {bytes}, ScalarType::Byte)};
 }
 
 inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p, const Tensor& doutput, const Tensor& output,
@@ -85,9 +91,8 @@ inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& p, bool nee
 
 template <class Backend>
 void run(const Backend& backend, Pass pass, ZeroGateParams& params, const Tensor& query) {
-  // torch aligns what it allocates to 64 bytes on a CPU, to 512 on a GPU.
-  const Tensor workspace = torch::stable::new_empty(query, {backend.workspace(pass, params)}, ScalarType::Byte);
-  params.workspace = workspace.numel() > 0 ? workspace.data_ptr() : nullptr;
+  const auto memory = backend.allocate(query, backend.workspace(pass, params));
+  params.workspace = memory.get();
   backend.run(pass, params);
 }
 

@@ -33,11 +33,14 @@ template <class... Parts>
     if (!(condition)) ::lak::fail(__VA_ARGS__); \
   } while (false)
 
-inline std::string shape_of(const Tensor& tensor) {
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
+
+inline std::string shape_of(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
 inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
 
@@ -81,14 +84,9 @@ inline void check_like(const Tensor& tensor, const char* name, const Tensor& que
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
-  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
-  std::string text = "[";
-  int64_t d = 0;
-  for (int64_t size : expected) {
-    same = same && tensor.size(d) == size;
-    text += (d++ ? ", " : "") + std::to_string(size);
-  }
-  LAK_CHECK(same, name, ": expected shape ", text, "], got ", shape_of(tensor));
+  const auto sizes = tensor.sizes();
+  const bool same = std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
+  LAK_CHECK(same, name, ": expected shape ", shape_text(expected), ", got ", shape_of(tensor));
 }
 
 inline const int32_t* int32_data(const OptionalTensor& tensor, const char* name, int64_t size, const Tensor& query) {

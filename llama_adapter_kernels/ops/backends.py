@@ -74,10 +74,12 @@ def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
 
 def forced() -> tuple[str, ...]:
     """What `use_backend` has chosen for this thread; () when nothing."""
+    if not _everywhere:  # what threads keep for themselves is among it; a decode step asks in every layer
+        return ()
     own: list[tuple[str, ...]] = getattr(_thread, "choices", [])
     if own:
         return own[-1]
-    return _everywhere[-1] if _everywhere else ()
+    return _everywhere[-1]
 
 
 def choose(backend: str | None, query: Tensor, pass_name: order.Pass = "forward") -> str:

@@ -1,5 +1,6 @@
 """The CPU kernels against float64 by the tolerance rule, per instruction set, over every argument form and tile edge."""
 
+import ctypes
 from dataclasses import replace
 from functools import cache
 
@@ -102,7 +103,7 @@ def test_decode(case: Case, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dominant", [5, 700, 1290])
 def test_decode_with_a_dominant_key_in_any_range(dominant: int, dtype: torch.dtype, isa: str) -> None:
-    """Ranges of 512 keys: the maximum of a row may be in any of them, far above the others'."""
+    """Three ranges of keys: the maximum of a row may be in any of them, far above the others'."""
     problem = make_problem(Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=1300, head_dim=64), dtype)
     q, k, v, *prefix = (tensor.detach() for tensor in problem.tensors.values())
     for head, factor in ((0, 15.0), (1, -15.0)):  # of the two rows one has it far above, the other far below
@@ -135,6 +136,50 @@ def test_every_row_is_written(isa: str) -> None:
             assert not decoded.isnan().any()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("keys", [513, 767, 768, 769, 1279, 1280, 17000])
+def test_decode_where_the_number_of_ranges_changes(keys: int, isa: str) -> None:
+    """One range up to 767 keys, two up to 1279; 32 are the most. Windows of 1, 700 and all keys beside each other."""
+    problem = make_problem(Case(batch=3, heads_q=2, heads_kv=1, seq_q=1, seq_k=keys, head_dim=16))
+    q, k, v, *prefix = (tensor.detach() for tensor in problem.tensors.values())
+    start = torch.tensor([keys - 1, 0, keys // 700], dtype=torch.int32)
+    end = torch.tensor([keys, keys, keys // 700 + 500], dtype=torch.int32)
+    decoded = zero_gate_decode(q, k, v, end, *prefix, key_start=start, backend="cpu")
+    doubles = [tensor.double() for tensor in (q, k, v, *prefix)]
+    exact = zero_gate_decode(*doubles[:3], end, *doubles[3:], key_start=start, backend="reference")
+    torch.testing.assert_close(decoded.double(), exact, atol=2e-6, rtol=0)
+
+
+def test_scratch_memory_is_written_before_it_is_read(isa: str) -> None:
+    """The C library fills what it allocates with 0xfe, then with 0x7f: -1.7e38 and 3.4e38, in float16 NaN."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        pytest.skip("only glibc fills memory on request")
+    fill = -6  # M_PERTURB; the byte is the complement of the one asked for
+    problems = [make_problem(case) for case in (
+        Case(batch=3, window="both", seq_q=70, seq_k=130), Case(lengths=((3, 5), (0, 2), (65, 7)), head_dim=40),
+        Case(batch=4, prefix="table", mask="row"),
+    )]  # fmt: skip
+    step = make_problem(Case(batch=3, window="both", seq_q=3, seq_k=1300, head_dim=40))
+    q, k, v, *prefix = (tensor.detach() for tensor in step.tensors.values())
+    start, end = step.arguments["key_start"], step.arguments["key_end"]
+
+    def results() -> list[torch.Tensor]:
+        found = [zero_gate_decode(q, k, v, end, *prefix, key_start=start, backend="cpu")]
+        for problem in problems:
+            output = problem.forward("cpu")
+            found += [output, *problem.backward(output).values()]
+        return found
+
+    expected = results()
+    try:
+        for byte in (0x01, 0x80):
+            library.mallopt(fill, byte)
+            for result, want in zip(results(), expected, strict=True):
+                assert torch.equal(result, want)
+    finally:
+        library.mallopt(fill, 0)
 
 
 def test_prefix_padding_is_not_read(isa: str) -> None:

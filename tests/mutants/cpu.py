@@ -83,8 +83,8 @@ MUTANTS = [
     decode("prefix not normalised", "gate / sum_of(s.prefix, row), out", "gate, out"),
     decode(
         "causal limit off by one",
-        "return query_of(row) + seq.diagonal + 1; });",
-        "return query_of(row) + seq.diagonal + 2; });",
+        "begin, end, seq.diagonal + 1, state);",
+        "begin, end, seq.diagonal + 2, state);",
     ),
     decode("hidden keys keep their scores", "step.scores[t * count + r] = kMinusInfinity;", "(void)t;"),
     decode("softmax's tail is not hidden", "i < end; ++i) scores[i] = kMinusInfinity;", "i < end; ++i) scores[i] = 0;"),

@@ -92,10 +92,8 @@ def _decode(
     already (the form of the gate, the types of the lengths) or is checked again by the op, so the op is called directly.
     """
     index = None if prefix is None else prefix.prefix_index
-    if (
-        scaling is not None
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        and not torch.is_autocast_enabled(query.device.type)
+    if scaling is not None and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
     ):
         op = _decode_op(backends.forced(), query.device, query.dtype, query.shape[3])
         if op is not None:
