@@ -9,43 +9,21 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_adapter_kernels.formats.files import clip, listed, new_folder, read_json, refuse_existing
+from llama_adapter_kernels.formats.files import clip, listed, new_folder, refuse_existing
 from llama_adapter_kernels.formats.meta_names import LINEARS, NORMS, rows_in_halves
+from llama_adapter_kernels.formats.meta_parameters import Parameters, generation, read_parameters
 from llama_adapter_kernels.formats.meta_tokenizer import read_tokenizer
 from llama_adapter_kernels.formats.torch_file import TensorRecord, TorchFile
 
 _DIMENSIONS = {"attention.wo": 1, "feed_forward.w2": 1}  # the side on which a linear is split; 0 for the others
-_LARGEST = {"n_layers": 4096, "n_heads": 65536, "n_kv_heads": 65536}  # Llama 405B: 126, 128, 8
 _MOST_SHARDS = 64
-_KNOWN_PARAMETERS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta",
-    "use_scaled_rope", "max_seq_len", "max_batch_size",
-}  # fmt: skip
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """A params.json: sizes of the model. Llama 1 has neither n_kv_heads nor rope_theta."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    groups: int
-    epsilon: float
-    theta: float
-    scaled_rope: bool
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads
 
 
 def is_meta_folder(path: Path) -> bool:
@@ -82,45 +60,6 @@ def convert(
         config.save_pretrained(folder)
         _write_weights(folder, parameters, shards, progress or (lambda done, total, name: None))
     return (*notes, *more)
-
-
-def read_parameters(path: Path) -> Parameters:
-    """The sizes in a params.json.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: a number is missing, none, or out of range.
-    """
-    told = read_json(path)
-
-    def number(name: str, default: int | None = None) -> int:
-        value = told.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST.get(name, 1 << 24):
-            raise ValueError(f"{path}: {name}: expected a whole number in range, got {clip(repr(value))}")
-        return value
-
-    def real(name: str, default: float | None = None) -> float:
-        value = told.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise ValueError(f"{path}: {name}: expected a number above 0, got {clip(repr(value))}")
-        return float(value)
-
-    heads = number("n_heads")
-    found = Parameters(
-        number("dim"), number("n_layers"), heads, number("n_kv_heads", heads), real("norm_eps"), real("rope_theta", 10000.0),
-        told.get("use_scaled_rope", False) is True,
-    )  # fmt: skip
-    if found.hidden_size % found.heads or found.head_dim % 2 or found.heads % found.groups:
-        raise ValueError(
-            f"{path}: expected whole heads of an even size, got dim {found.hidden_size}, n_heads {found.heads}, "
-            f"n_kv_heads {found.groups}"
-        )
-    foreign = told.keys() - _KNOWN_PARAMETERS
-    if foreign:  # mixtures of experts, vision, quantisation: other models than this writes
-        raise ValueError(
-            f"{path}: expected the parameters of a Llama 1, 2 or 3 text model, got also {listed(sorted(foreign))}"
-        )
-    return found
 
 
 def _open_shards(source: Path) -> list[TorchFile]:
@@ -279,8 +218,8 @@ def _config(
 ) -> tuple[Any, tuple[str, ...]]:
     from transformers import LlamaConfig
 
-    generation, longest = _generation(parameters)
-    notes = () if positions else (f"{generation}: sequences of up to {longest} tokens; params.json does not tell",)
+    name, longest = generation(parameters)
+    notes = () if positions else (f"{name}: sequences of up to {longest} tokens; params.json does not tell",)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": parameters.theta}
     if parameters.scaled_rope:  # the same factors for every 3.1 model
         rope = {
@@ -297,14 +236,3 @@ def _config(
         dtype=shard.content["output.weight"].dtype,
     )  # fmt: skip
     return config, notes
-
-
-def _generation(parameters: Parameters) -> tuple[str, int]:
-    """Which Llama this is, by what its params.json tells apart, and its longest sequence."""
-    if parameters.scaled_rope:
-        return "Llama 3.1", 131072
-    if parameters.theta == 500000:
-        return "Llama 3", 8192
-    if parameters.theta == 1e6:
-        return "Code Llama", 16384
-    return ("Llama 1", 2048) if parameters.epsilon == 1e-6 else ("Llama 2", 4096)
