@@ -12,26 +12,7 @@ import llama_adapter_kernels as lak
 from llama_adapter_kernels.adapters.v2 import TunedLinear
 from llama_adapter_kernels.integrations.tuning import TUNING
 from tests.support.small_models import TOKENS, build
-
-V2 = lak.AdapterConfig(prefix_length=4, num_layers=2, tuning=lak.Tuning(lora_rank=3))
-OTHERS = {
-    "outputs": lak.Tuning(scale="output", lora_rank=2, new_gate=False, head=True, prompts="tuned"),
-    "bias of some": lak.Tuning(bias=("q_proj", "down_proj"), scale="none", norms=False, lora_rank=0, new_gate=False),
-    "norms": lak.Tuning(bias=False, scale="none", norms=True, lora_rank=0, new_gate=False),
-    "new gate": lak.Tuning(bias=False, scale="none", norms=False, lora_rank=0),
-}
-
-
-def v2(
-    model: nn.Module, name: str = "default", opened: bool = True, config: lak.AdapterConfig = V2
-) -> lak.ZeroGateAdapter:
-    """An adapter that tunes; `opened`: every parameter away from where it starts."""
-    adapter = lak.attach_adapter(model, config, name)
-    if opened:
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-    return adapter
+from tests.support.v2_adapters import OTHERS, V2, v2
 
 
 @pytest.mark.parametrize("name", ["llama", "llama multi-head with biases", "qwen3"])
@@ -286,54 +267,6 @@ def test_compiled_without_a_graph_break() -> None:
         expected = model(TOKENS).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(TOKENS).logits, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"bias": "q_proj"}, "bias: expected true, false or names of linears, got 'q_proj'"),
-        ({"bias": ()}, "bias: expected true, false or names"),
-        ({"scale": "both"}, "scale: expected input, output, none, got 'both'"),
-        ({"prompts": None}, "prompts: expected base, tuned, got None"),
-        ({"norms": 1}, "norms: expected true or false, got 1"),
-        ({"lora_rank": -1}, "lora_rank: expected a whole number from 0"),
-        ({"lora_rank": 2.0}, "lora_rank: expected a whole number from 0"),
-        (
-            {"bias": False, "scale": "none", "norms": False, "lora_rank": 0, "new_gate": False},
-            "expected at least one of them, got none",
-        ),
-        ({"head": True, "bias": False, "scale": "none"}, "head: expected bias or scale with it"),
-    ],
-    ids=str,
-)
-def test_choices_that_are_none(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lak.Tuning(**arguments)
-
-
-def test_models_that_have_no_such_part() -> None:
-    model = build()
-    with pytest.raises(ValueError, match=r"tuning\.bias: expected names of the model's linears, got c_attn"):
-        lak.attach_adapter(model, lak.AdapterConfig(tuning=lak.Tuning(bias=("c_attn", "q_proj"))))
-    with pytest.raises(ValueError, match=r"tuning\.head: expected a model with an output head"):
-        lak.attach_adapter(model.model, lak.AdapterConfig(tuning=lak.Tuning(head=True)))
-    lak.attach_adapter(model, V2)  # the failed ones left nothing behind
-
-
-def test_files_that_tune_something_else(tmp_path: Path) -> None:
-    model = build()
-    adapter = v2(model)
-    adapter.save_pretrained(tmp_path)
-    other = build("llama multi-head with biases")
-    with pytest.raises(
-        ValueError, match="made for a model with num_key_value_heads 2; this model has num_key_value_heads 4"
-    ):
-        lak.load_adapter(other, tmp_path)
-    wider = build()
-    wider.model.layers[1].mlp.up_proj = nn.Linear(48, 80, bias=False)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.bias: this model has shape \[80\], got \[64\]"):
-        lak.load_adapter(wider, tmp_path)
-    assert not lak.attached_adapters(wider)
 
 
 def test_tuned_linear_by_hand() -> None:
