@@ -19,6 +19,7 @@ from llama_adapter_kernels.bench.measure import FULL, QUICK, Timing, clock_for, 
 from llama_adapter_kernels.bench.results import Measurement
 from llama_adapter_kernels.bench.runner import Plan
 from llama_adapter_kernels.bench.workload import make_workload
+from llama_adapter_kernels.versions import commit
 
 DEVICE = torch.device(os.environ.get("BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -83,6 +84,6 @@ def bench(plan: Plan, peer: str, benchmark, races) -> None:
     if peer not in timings:
         pytest.skip(entry.reason)
     benchmark.group = plan.name
-    benchmark.extra_info.update(flop=entry.flop, bytes=entry.bytes, commit=runner.machine.commit())
+    benchmark.extra_info.update(flop=entry.flop, bytes=entry.bytes, commit=commit())
     samples = iter(timings[peer].samples)
     benchmark.pedantic(lambda: REPLAY.advance(next(samples)), rounds=timings[peer].rounds)

@@ -28,6 +28,8 @@ from llama_adapter_kernels.errors import UserError
 _EXTRAS = dict.fromkeys(("transformers", "accelerate", "safetensors", "sentencepiece"), "transformers") | {
     "matplotlib": "bench",
     "peft": "peft",
+    "yaml": "transformers",
+    "huggingface_hub": "transformers",
     "pyarrow": "data",
     "gguf": "gguf",
 }

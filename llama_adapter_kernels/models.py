@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama_adapter_kernels import hub
 from llama_adapter_kernels.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ def check_model_name(name: str) -> None:
         raise UserError(f"--model {name}: expected a Hugging Face model folder or a hub name, it is a file")
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"--model {name}: no such folder")
+    if not folder.exists() and not hub.is_cached(name, "config.json"):
+        try:
+            hub.check_reachable()
+        except UserError as error:
+            raise UserError(f"--model {name}: no such folder, and not from the hub either: {error}") from None
 
 
 def load_config(name: str) -> Any:
@@ -181,7 +187,7 @@ def _loading(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("loading %s", name, exc_info=True)
-        said = " ".join(str(error).split())
+        said = hub.why(error) if hub.is_hub_name(name) else " ".join(str(error).split())
         kind = "" if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: "
         raise UserError(f"--model {name}: {kind}{said[:500]}") from error
 

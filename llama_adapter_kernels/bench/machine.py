@@ -12,6 +12,7 @@ import torch
 
 import llama_adapter_kernels
 from llama_adapter_kernels.ops import registration
+from llama_adapter_kernels.versions import commit
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
@@ -62,24 +63,6 @@ def cache_bytes() -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     found = [int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes if size[-1:] in "KM" and size]
     return max(found, default=32 << 20)
-
-
-def commit() -> str | None:
-    """The commit this package is imported from, with "+" when its sources are changed; None outside of a checkout."""
-    package = Path(llama_adapter_kernels.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False)
-        except OSError:  # no git here
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    revision = git("rev-parse", "--short=12", "HEAD")
-    if not revision or git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../csrc")
-    return revision + ("+" if changed else "")
 
 
 def _gpu_facts(device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
 from llama_adapter_kernels.training.packing import StepPlan
@@ -72,33 +71,6 @@ def read_csv_log(path: Path) -> list[dict[str, float]]:
     whole, _, _ = path.read_text().rpartition("\n")
     rows = list(csv.DictReader(whole.splitlines()))
     return [{key: float(value) for key, value in row.items()} for row in rows if all(row.values())]
-
-
-class TensorBoardLog(TensorBoardCallback):
-    """TensorBoard's files, as long as they can be written: a full disk must not end the training."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.logging_dir = str(folder)
-        self._failed = False
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._guarded(super().on_train_begin, args, kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        self._guarded(super().on_log, args, kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._guarded(super().on_train_end, args, kwargs)
-
-    def _guarded(self, call: Callable[..., None], args: Any, kwargs: Any) -> None:
-        if self._failed:
-            return
-        try:
-            call(*args, **kwargs)
-        except OSError as error:
-            self._failed = True
-            log.warning("%s: %s; nothing more is written there", self.logging_dir, error.strerror)
 
 
 class LogEnds(TrainerCallback):

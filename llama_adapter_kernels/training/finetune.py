@@ -4,20 +4,21 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from llama_adapter_kernels import hub
 from llama_adapter_kernels.errors import UserError
-from llama_adapter_kernels.models import (
-    load_model,
-    load_tokenizer,
-    pick_dtype,
-    weights_fingerprint,
-)
+from llama_adapter_kernels.media.encoders import Encoder
+from llama_adapter_kernels.models import load_model, load_tokenizer, pick_dtype, weights_fingerprint
 from llama_adapter_kernels.training.checkpoints import last_whole_checkpoint
-from llama_adapter_kernels.training.data import read_conversations
+from llama_adapter_kernels.training.config_file import write_config
+from llama_adapter_kernels.training.data import SUFFIXES, read_conversations
+from llama_adapter_kernels.training.dry_run import rehearse
+from llama_adapter_kernels.training.fused_parts import fuse_parts, wants_liger
 from llama_adapter_kernels.training.held_out import split_off
-from llama_adapter_kernels.training.loop import Outcome, train
+from llama_adapter_kernels.training.loop import Outcome, check_steps, device_of, plan_steps, train
+from llama_adapter_kernels.training.model_card import write_card
 from llama_adapter_kernels.training.preparation import (
     attach,
     attach_senses,
@@ -29,18 +30,25 @@ from llama_adapter_kernels.training.preparation import (
     encoder_of,
     fitted_settings,
 )
-from llama_adapter_kernels.training.run_folder import (
-    check_output,
-    claim,
-    data_fingerprint,
-    prepare_output,
-)
-from llama_adapter_kernels.training.settings import Execution, Settings, check_settings
+from llama_adapter_kernels.training.reporters import reports_of
+from llama_adapter_kernels.training.run_folder import check_output, claim, data_fingerprint, prepare_output
+from llama_adapter_kernels.training.settings import Execution, Settings, Task, check_settings
 from llama_adapter_kernels.training.sharding import heed_launcher
 from llama_adapter_kernels.training.templates import choose_template
-from llama_adapter_kernels.training.tokens import tokenize
+from llama_adapter_kernels.training.tokens import Example, tokenize
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is before a weight is loaded: settings with everything filled in, the data as tokens."""
+
+    settings: Settings
+    examples: list[Example]
+    held_out: list[Example]
+    fingerprints: dict[str, str]
+    encoder: Encoder | None
 
 
 def finetune(
@@ -57,32 +65,104 @@ def finetune(
 ) -> Outcome:
     """Fine-tunes an adapter for `model` (a folder or a hub name) on the rows in `data` and saves it in `output`.
 
-    `data` are files or folders, see `read_conversations`; so are `eval_data`, by whose loss the best checkpoint is chosen.
+    `data` are files, folders or data sets on the hub, see `read_conversations`; so are `eval_data`, by whose loss the best
+    checkpoint is chosen.
 
-    `output` receives zero_gate_adapter.json and the weights, checkpoint-*/ (adapter and optimizer), run.json (settings),
-    training_log.csv and tensorboard/. Under torchrun the processes share every step.
+    `output` receives zero_gate_adapter.json and the weights, README.md (a model card), config.yaml (what the run was given),
+    checkpoint-*/ (adapter and optimizer), run.json (what a resumed run must have), training_log.csv and tensorboard/. Under
+    torchrun the processes share every step.
 
     Raises:
         UserError: data, folders, settings or model do not fit; the message says what and where.
     """
-    settings, execution = settings or Settings(), execution or Execution()
+    paths, eval_paths = ([given] if isinstance(given, Path) else list(given) for given in (data, eval_data))
+    task = Task(
+        model, paths, output, eval_paths or None, resume=resume, overwrite=overwrite, skip_bad_rows=skip_bad_rows
+    )
+    outcome = run_task(task, settings or Settings(), execution or Execution())
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def run_task(task: Task, settings: Settings, execution: Execution) -> Outcome | str:
+    """As `finetune`; of a dry run what it would be, in words.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    asked, main_process = execution, int(os.environ.get("RANK", "0")) == 0
+    device = device_of(execution)
+    execution = replace(execution, device=str(device), on_cpu=device.type == "cpu")
     check_settings(settings, execution)
     execution = heed_launcher(execution)
-    main_process = int(os.environ.get("RANK", "0")) == 0
+    reports_of(execution)
+    fused = wants_liger(settings, execution, device)
     if main_process:
-        check_output(output, resume=resume, overwrite=overwrite)
-        if output.is_dir():
-            with claim(output):  # or another process is training into it
+        check_output(task.output, resume=task.resume, overwrite=task.overwrite)
+        if task.output.is_dir():
+            with claim(task.output):  # or another process is training into it
                 pass
-    paths, eval_paths = ([given] if isinstance(given, Path) else list(given) for given in (data, eval_data))
+        if execution.push_to_hub is not None:
+            hub.check_upload(execution.push_to_hub)
+    ready = prepare(task, settings, execution)
+    settings = ready.settings
+    network = load_model(task.model, pick_dtype(_weights(settings), on_cpu=execution.on_cpu))
+    check_tokens([*ready.examples, *ready.held_out], network)
+    if fused:
+        fuse_parts(network)
+    if task.dry_run:
+        adapter = attach(network, settings)
+        attach_senses(network, ready.encoder, settings, execution)
+        return rehearse(network, adapter, ready.examples, ready.held_out, settings, execution)
+    run = {
+        "model": task.model,
+        "base_sha256": weights_fingerprint(task.model),
+        **ready.fingerprints,
+        "settings": asdict(settings),
+    }
+    output = task.output
+    with claim(output) if main_process else nullcontext():
+        checkpoint = checkpoint_to_resume(output) if task.resume else None
+        if main_process:
+            check_output(output, resume=task.resume, overwrite=task.overwrite)  # perhaps another process's meanwhile
+            if checkpoint is not None:
+                check_steps(output, plan_steps(ready.examples, settings), checkpoint)
+            prepare_output(output, run, resume=task.resume)
+            note_config(task, settings, asked)
+        adapter = attach(network, settings, checkpoint)
+        attach_senses(network, ready.encoder, settings, execution, checkpoint)
+        outcome = train(
+            network,
+            adapter,
+            ready.examples,
+            output,
+            settings,
+            execution,
+            held_out=ready.held_out,
+            checkpoint=checkpoint,
+        )
+        if main_process and outcome.finished:
+            write_card(task, settings, asked, outcome)
+            if execution.push_to_hub is not None:
+                log.info("uploaded to %s", hub.upload(output, execution.push_to_hub))
+    return outcome
+
+
+def prepare(task: Task, settings: Settings, execution: Execution) -> Prepared:
+    """Reads and checks everything that can be checked without the model's weights.
+
+    Raises:
+        UserError: as `finetune`.
+    """
+    eval_paths = task.eval_data or []
     check_evaluation(settings, eval_paths)
-    named = ", ".join(map(str, paths))
-    rows = read_conversations(paths, skip_bad_rows=skip_bad_rows)
+    named = ", ".join(map(str, task.data))
+    rows = read_conversations(fetched(task.data), skip_bad_rows=task.skip_bad_rows)
     check_media(named, rows, settings)
-    eval_rows = read_conversations(eval_paths, skip_bad_rows=skip_bad_rows)
+    eval_rows = read_conversations(fetched(eval_paths), skip_bad_rows=task.skip_bad_rows)
     encoder = encoder_of(settings)
-    settings = fitted_settings(model, settings)
-    tokenizer = load_tokenizer(model)
+    settings = fitted_settings(task.model, settings)
+    tokenizer = load_tokenizer(task.model)
     template = choose_template(settings.template, tokenizer, rows)
     settings = replace(settings, template=template.name)
     assert settings.max_length is not None
@@ -97,22 +177,35 @@ def finetune(
         examples, held_out = split_off(examples, settings.eval_fraction, settings.seed)
     check_held_out(held_out, settings)
     check_budgets(examples, settings, execution)
-    network = load_model(model, pick_dtype(settings.dtype, on_cpu=execution.on_cpu))
-    check_tokens([*examples, *held_out], network)
-    run = {
-        "model": model,
-        "base_sha256": weights_fingerprint(model),
-        **fingerprints,
-        "settings": asdict(settings),
-    }
-    with claim(output) if main_process else nullcontext():
-        if main_process:
-            check_output(output, resume=resume, overwrite=overwrite)  # it may have been another process's meanwhile
-            prepare_output(output, run, resume=resume)
-        checkpoint = checkpoint_to_resume(output) if resume else None
-        adapter = attach(network, settings, checkpoint)
-        attach_senses(network, encoder, settings, execution, checkpoint)
-        return train(network, adapter, examples, output, settings, execution, held_out=held_out, checkpoint=checkpoint)
+    return Prepared(settings, examples, held_out, fingerprints, encoder)
+
+
+def fetched(paths: Sequence[Path]) -> list[Path]:
+    """The files and folders, with those of data sets on the hub in place of their names.
+
+    Raises:
+        UserError: a data set cannot be had.
+    """
+    return [
+        hub.dataset_folder(str(path), SUFFIXES) if path.suffix not in SUFFIXES and hub.is_hub_name(str(path)) else path
+        for path in paths
+    ]
+
+
+def note_config(task: Task, settings: Settings, execution: Execution) -> None:
+    """Writes the YAML file of the run into its folder.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    try:
+        write_config(task.output, task, settings, execution)
+    except OSError as error:
+        raise UserError(f"{task.output}: {error.strerror}") from None
+
+
+def _weights(settings: Settings) -> str:
+    return "float32" if settings.autocast else settings.dtype
 
 
 def checkpoint_to_resume(output: Path) -> Path | None:

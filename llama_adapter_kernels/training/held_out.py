@@ -35,8 +35,10 @@ def batches_of(examples: Sequence[Example], capacity: int, processes: int) -> li
 class HeldOut:
     """Examples to measure the loss on, dealt out to the processes."""
 
-    def __init__(self, examples: Sequence[Example], capacity: int, process: int, processes: int) -> None:
-        self._batches = batches_of(examples, capacity, processes)[process::processes]
+    def __init__(
+        self, examples: Sequence[Example], capacity: int, process: int, processes: int, longest: int | None = None
+    ) -> None:
+        self._batches, self._longest = batches_of(examples, capacity, processes)[process::processes], longest
 
     @torch.no_grad()
     def sums(self, model: Any, device: torch.device) -> torch.Tensor:
@@ -45,7 +47,8 @@ class HeldOut:
         model.eval()
         found = torch.zeros(2, dtype=torch.float64)
         for batch in self._batches:
-            tensors = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in pack(batch).items()}
+            packed = pack(batch, self._longest)
+            tensors = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in packed.items()}
             loss, tokens = response_loss(model, tensors)
             found += torch.tensor([loss.item(), tokens], dtype=torch.float64)
         model.train(training)

@@ -4,30 +4,25 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import llama_adapter_kernels as lak
+from llama_adapter_kernels.devices import pick_device
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training.checkpoints import CHECKPOINT, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.memory import fitting_tokens
 from llama_adapter_kernels.training.packing import StepDataset, StepPlan
 from llama_adapter_kernels.training.preparation import check_budgets
-from llama_adapter_kernels.training.run_folder import (
-    CSV_FILE,
-    EVAL_FILE,
-    RUN_FILE,
-    TENSORBOARD_FOLDER,
-    remember_capacity,
-    remembered_capacity,
-)
+from llama_adapter_kernels.training.run_folder import RUN_FILE, remember_capacity, remembered_capacity
 from llama_adapter_kernels.training.settings import Execution, Settings
 from llama_adapter_kernels.training.sharding import shard_frozen
 from llama_adapter_kernels.training.tokens import Example
 
 log = logging.getLogger(__name__)
 
+COMPILE_BACKEND = "inductor"
 _EVAL_TOKENS = 4096  # of a batch to measure the held-out loss on: nothing is kept for a backward pass
 
 
@@ -74,14 +69,16 @@ def train(
     from llama_adapter_kernels.training import callbacks as reporting
     from llama_adapter_kernels.training import trainer as training
     from llama_adapter_kernels.training.held_out import Best, HeldOut
+    from llama_adapter_kernels.training.reporters import reporters
 
     check_budgets(examples, settings, execution)
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     plan = plan_steps(examples, settings)
     learning_rate = settings.learning_rate_for(plan.examples_per_step)
-    arguments = TrainingArguments(
+    device = device_of(execution)
+    arguments = training.Arguments(
         output_dir=str(output),
-        use_cpu=execution.on_cpu,
+        use_cpu=device.type == "cpu",
         per_device_train_batch_size=1,  # of micro-batches
         max_steps=plan.total_steps,
         learning_rate=learning_rate,
@@ -99,35 +96,41 @@ def train(
         disable_tqdm=not execution.progress_bar,
         save_strategy="steps",
         save_total_limit=execution.keep_checkpoints,
-        dataloader_pin_memory=not execution.on_cpu,
+        dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         seed=settings.seed,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: torchrun, never DataParallel
+    arguments.place_on(device)
     if execution.shard and arguments.world_size > 1:
         shard_frozen(network, arguments.device)
     elif execution.shard:
         log.warning("--shard: there is one process, which has all of the model; torchrun starts several")
-    micro_batches = micro_batches_of(plan, network, adapter, settings, execution, arguments, output, checkpoint)
-    dataset = StepDataset(examples, plan, micro_batches)
+    micro_batches = micro_batches_of(plan, network, adapter, execution, arguments, output, checkpoint)
+    longest = compiled(network, max(map(len, [*examples, *held_out]))) if execution.compile else None
+    dataset = StepDataset(examples, plan, micro_batches, longest)
     total_steps = plan.total_steps
     arguments.gradient_accumulation_steps = micro_batches // arguments.world_size
     arguments.save_steps = execution.save_steps or min(math.ceil(plan.steps_per_epoch), 500)
     arguments.warmup_steps = warmup_steps(settings, plan.steps_per_epoch, total_steps)
 
-    own: list[Any] = [reporting.Progress(plan), reporting.LogEnds(), reporting.CsvLog(output / CSV_FILE)]
-    if execution.tensorboard and arguments.process_index == 0:
-        own += _tensorboard(output / TENSORBOARD_FOLDER)
+    own: list[Any] = [reporting.Progress(plan), reporting.LogEnds()]
+    if arguments.process_index == 0:
+        own += reporters(execution, output, bool(held_out), asdict(settings))
     trainer = training.AdapterTrainer(
-        network, adapter, arguments, dataset, settings.conditioning_rate, callbacks=[*own, *callbacks]
+        network,
+        adapter,
+        arguments,
+        dataset,
+        settings.conditioning_rate,
+        settings.autocast,
+        callbacks=[*own, *callbacks],
     )
     best = None
     if held_out:
         best = Best(settings.eval_steps or math.ceil(plan.steps_per_epoch), settings.early_stopping)
-        measured = HeldOut(held_out, _EVAL_TOKENS, arguments.process_index, arguments.world_size)
+        measured = HeldOut(held_out, _EVAL_TOKENS, arguments.process_index, arguments.world_size, longest)
         trainer.measure(measured, best)
-        trainer.add_callback(reporting.CsvLog(output / EVAL_FILE, ("step", "epoch", "eval_loss")))
     stop = reporting.StopOnSignal(trainer.any_rank)
     trainer.add_callback(stop)
     log.info(
@@ -137,8 +140,7 @@ def train(
         plan.examples_per_step, micro_batches, learning_rate,
     )  # fmt: skip
     started, done = time.monotonic(), step_of(checkpoint) if checkpoint else 0
-    if done > total_steps:
-        raise UserError(f"{output}: the run is at step {done} already, --epochs or --max-steps ask for {total_steps}")
+    check_steps(output, plan, checkpoint)
     saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
     if best is not None and saved is not None:
         best.restore(saved)
@@ -182,9 +184,27 @@ def plan_steps(examples: Sequence[Example], settings: Settings) -> StepPlan:
                     max_steps=settings.max_steps)  # fmt: skip
 
 
+def check_steps(output: Path, plan: StepPlan, checkpoint: Path | None) -> None:
+    """Raises UserError where the run to go on with has more steps already than it shall have."""
+    done = step_of(checkpoint) if checkpoint else 0
+    if done > plan.total_steps:
+        raise UserError(
+            f"{output}: the run is at step {done} already, --epochs or --max-steps ask for {plan.total_steps}"
+        )
+
+
+def device_of(execution: Execution) -> Any:
+    """The torch.device of a run, with no number where every process has its own.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    return pick_device("cpu" if execution.on_cpu else execution.device)
+
+
 def micro_batches_of(
-    plan: StepPlan, network: Any, adapter: "lak.ZeroGateAdapter", settings: Settings, execution: Execution,
-    arguments: Any, output: Path, checkpoint: Path | None,
+    plan: StepPlan, network: Any, adapter: "lak.ZeroGateAdapter", execution: Execution, arguments: Any, output: Path,
+    checkpoint: Path | None,
 ) -> int:  # fmt: skip
     """Into how many micro-batches each step is dealt out, over all processes."""
     processes = int(arguments.world_size)
@@ -194,14 +214,33 @@ def micro_batches_of(
     if capacity is None:
         capacity = remembered_capacity(output) if checkpoint else None
     if capacity is None:
-        low = execution.gradient_checkpointing
-        lowest = min(map(int, adapter.layers), default=0)
-        layers = network.config.get_text_config().num_hidden_layers - lowest
-        fitting = fitting_tokens(network, layers, arguments.device, low=low)
+        fitting = fitting_tokens(
+            network, layers_with_gradients(network, adapter), arguments.device, low=execution.low_memory
+        )
         capacity = max(least_of_processes(fitting, arguments.device), plan.longest)
     if arguments.process_index == 0 and (output / RUN_FILE).exists():
         remember_capacity(output, capacity)
     return plan.micro_batches(capacity, processes)
+
+
+def layers_with_gradients(network: Any, adapter: "lak.ZeroGateAdapter") -> int:
+    """How many layers keep activations: the lowest adapted one and those above it."""
+    lowest = min(map(int, adapter.layers), default=0)
+    return int(network.config.get_text_config().num_hidden_layers) - lowest
+
+
+def compiled(network: Any, longest: int) -> int:
+    """Compiles a model for packed batches of any number of tokens and sequences, at its next calls.
+
+    Returns:
+        The length that every batch shall give as that of its longest sequence: of another one each time, torch would
+        compile again each time.
+    """
+    from llama_adapter_kernels.training.loss import separate_head
+
+    separate_head(network)  # it asks the model once by itself; let that not be compiled
+    network.compile(dynamic=True, backend=COMPILE_BACKEND)
+    return longest
 
 
 def least_of_processes(number: int, device: Any) -> int:
@@ -223,19 +262,7 @@ def warmup_steps(settings: Settings, steps_per_epoch: float, total_steps: int) -
 
 def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
     """transformers has renamed gradient checkpointing; either name, and neither where it is not asked for."""
-    if not execution.gradient_checkpointing:
+    if not execution.low_memory:
         return {}
     name = "activation_checkpointing" if hasattr(arguments, "activation_checkpointing") else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def _tensorboard(folder: Path) -> list[Any]:
-    """The callback that writes losses for TensorBoard; none where it is not installed, with a word about it."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        log.info("tensorboard is not installed: losses go to training_log.csv alone")
-        return []
-    from llama_adapter_kernels.training.callbacks import TensorBoardLog
-
-    return [TensorBoardLog(folder)]

@@ -45,8 +45,10 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     A frozen linear layer gets by with two matrix products; whatever else a head may be is computed again in the backward
     pass, chunk by chunk.
     """
-    if _is_frozen_linear(head) and not torch.is_autocast_enabled(hidden.device.type):
-        loss: Tensor = _FrozenHeadLoss.apply(hidden, targets, head.weight, head.bias)
+    if _is_frozen_linear(head):
+        operands = _lower_precision(hidden, head.weight, head.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss: Tensor = _FrozenHeadLoss.apply(operands[0], targets, *operands[1:])
         return loss
     vocabulary = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]
     total = hidden.new_zeros((), dtype=_accumulator(hidden.dtype)) + 0.0 * hidden.sum()
@@ -93,7 +95,7 @@ def _passed_through(head: nn.Module) -> Iterator[None]:
     The model is called as a whole all the same, so that whatever is wrapped around it (DDP, FSDP) has its part.
     """
     before = head.__dict__.get("forward")
-    head.forward = lambda hidden: hidden
+    head.forward = _same  # one function, not a new one each time: a compiled model would be compiled again
     try:
         yield
     finally:
@@ -103,10 +105,23 @@ def _passed_through(head: nn.Module) -> Iterator[None]:
             head.forward = before
 
 
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
 def _is_frozen_linear(head: nn.Module) -> bool:
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooks
     return plain and not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _lower_precision(*tensors: Any) -> list[Any]:
+    """The tensors, some of which may be None; within torch.autocast in the dtype that a linear layer computes in there."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def _plain_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

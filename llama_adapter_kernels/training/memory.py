@@ -1,5 +1,6 @@
 """How much memory a training step takes, and how many tokens at a time therefore fit."""
 
+from dataclasses import dataclass
 from typing import Any
 
 # More tokens at a time keep a GPU busier up to about here; a CPU gains nothing beyond caches full of them.
@@ -28,21 +29,62 @@ def activation_bytes(config: Any, adapted_layers: int, itemsize: int, *, low: bo
     return kept
 
 
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training takes on its device, by what for; `available` is what it has for them."""
+
+    weights: int
+    activations: int
+    logits: int
+    trained: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.logits + self.trained
+
+
+def estimate_memory(
+    network: Any, adapted_layers: int, tokens: int, device: Any, *, low: bool = False
+) -> MemoryEstimate:
+    """What training takes with micro-batches of `tokens` tokens; the model may be on the device or still elsewhere."""
+    from llama_adapter_kernels.training.loss import CHUNK_BYTES
+
+    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    here = sum(p.nbytes for p in network.parameters() if p.device.type == device.type)
+    chunk = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    per_token = activation_bytes(network.config, adapted_layers, _itemsize(network), low=low)
+    return MemoryEstimate(
+        weights=frozen,
+        activations=per_token * tokens,
+        logits=2 * chunk if _itemsize(network) < 4 else chunk,  # in float32 besides
+        trained=4 * trained,  # with its gradient and AdamW's two moments
+        available=_free(device) + here,
+    )
+
+
 def fitting_tokens(network: Any, adapted_layers: int, device: Any, *, low: bool = False) -> int:
     """Tokens of a micro-batch that the free memory of `device`, a torch.device, has room for; no more than are of use.
 
     On a GPU, room is left for the parameters that are still to be moved there.
     """
+    coming = 0 if device.type == "cpu" else sum(p.nbytes for p in network.parameters() if p.device.type == "cpu")
+    per_token = activation_bytes(network.config, adapted_layers, _itemsize(network), low=low)
+    most = MOST_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+    return max(0, min(most, int(_USED * (_free(device) - coming)) // per_token))
+
+
+def _free(device: Any) -> int:
+    """Bytes that are free on a torch.device; of one that does not say, what the machine has."""
     import torch
 
-    parameters = list(network.parameters())
     if device.type == "cuda":
-        coming = sum(parameter.nbytes for parameter in parameters if parameter.device.type != "cuda")
-        free = torch.cuda.mem_get_info(device)[0] - coming
-    else:
-        import psutil  # comes with accelerate
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # comes with accelerate
 
-        free = psutil.virtual_memory().available
-    itemsize = next(parameter.dtype.itemsize for parameter in parameters if parameter.is_floating_point())
-    per_token = activation_bytes(network.config, adapted_layers, itemsize, low=low)
-    return max(0, min(MOST_TOKENS["cuda" if device.type == "cuda" else "cpu"], int(_USED * free) // per_token))
+    return int(psutil.virtual_memory().available)
+
+
+def _itemsize(network: Any) -> int:
+    return next(int(p.dtype.itemsize) for p in network.parameters() if p.is_floating_point())

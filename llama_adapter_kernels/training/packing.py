@@ -19,12 +19,15 @@ _MOST_BINS = 64
 _LEAST = 2  # a bin's tokens over those of the longest example
 
 
-def pack(examples: Sequence[Example]) -> dict[str, Any]:
+def pack(examples: Sequence[Example], longest: int | None = None) -> dict[str, Any]:
     """One packed batch as transformers models take it.
+
+    Args:
+        longest: what to give as the length of the longest sequence, no less than it; None: just that.
 
     Returns:
         input_ids, labels, position_ids: [1, T] int64, T the sum of lengths; positions restart with every sequence.
-        cu_seq_lens_q, cu_seq_lens_k: [sequences + 1] int32 offsets. max_length_q, max_length_k: the longest sequence.
+        cu_seq_lens_q, cu_seq_lens_k: [sequences + 1] int32 offsets. max_length_q, max_length_k: `longest`.
         media: the file that each sequence is about, or None; where any has one.
     """
     lengths = [len(example) for example in examples]
@@ -37,8 +40,8 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens_q": offsets,
         "cu_seq_lens_k": offsets,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        "max_length_q": longest or max(lengths),
+        "max_length_k": longest or max(lengths),
     }
 
 
@@ -188,8 +191,10 @@ def _best_fit(lengths: Sequence[int], room: int) -> list[int]:
 class StepDataset(Dataset[dict[str, Any]]):
     """Every item is one packed micro-batch; `micro_batches` items in a row make an optimizer step of the whole run."""
 
-    def __init__(self, examples: Sequence[Example], plan: StepPlan, micro_batches: int) -> None:
-        self.examples, self.plan, self.micro_batches = examples, plan, micro_batches
+    def __init__(
+        self, examples: Sequence[Example], plan: StepPlan, micro_batches: int, longest: int | None = None
+    ) -> None:
+        self.examples, self.plan, self.micro_batches, self.longest = examples, plan, micro_batches, longest
         self._dealt: tuple[int, list[list[Example]]] | None = None
 
     def __len__(self) -> int:
@@ -202,7 +207,7 @@ class StepDataset(Dataset[dict[str, Any]]):
             self._dealt = step, [[self.examples[i] for i in hand] for hand in hands]
         # A step may have fewer examples than micro-batches. All processes must run the model all the same.
         spare = min((hand for hand in self._dealt[1] if hand), key=len)
-        return pack(self._dealt[1][micro_batch] or [spare[0].without_labels()])
+        return pack(self._dealt[1][micro_batch] or [spare[0].without_labels()], self.longest)
 
 
 def live_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,8 @@ def attach_senses(
     if encoder is None:
         return None
     sizes: dict[str, Any] = dict(settings.conditioning_sizes)
+    if settings.depths is not None:
+        sizes["depths"] = settings.depths
     with adapter_error_as_user_error():
         source = checkpoint or (Path(settings.init) if settings.init is not None else None)
         if source is not None and has_conditioning(source):

@@ -17,6 +17,7 @@ from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training.chats import Chat
 from llama_adapter_kernels.training.checkpoints import checkpoints, remove, remove_leftovers, write_whole
 from llama_adapter_kernels.training.data import Row
+from llama_adapter_kernels.training.settings import Settings
 from llama_adapter_kernels.training.tokens import Example
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,11 @@ def prepare_output(output: Path, run: dict[str, Any], *, resume: bool) -> None:
     """
     path = output / RUN_FILE
     try:
-        remove_leftovers(output)
-        if resume and path.exists():
+        going_on = resume and path.exists()
+        if going_on:
             run |= _check_same(output, run)
-        else:
+        remove_leftovers(output)
+        if not going_on:
             for folder in checkpoints(output):
                 remove(folder)
             shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
@@ -147,7 +149,7 @@ def _check_same(output: Path, run: dict[str, Any]) -> dict[str, Any]:
     path = output / RUN_FILE
     try:
         noted = json.loads(path.read_bytes())
-        earlier = _flat(noted)
+        earlier = {**_flat({"settings": json.loads(json.dumps(asdict(Settings())))}), **_flat(noted)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path} cannot be read: the run cannot go on, --overwrite starts it anew") from None
     now = _flat(json.loads(json.dumps(run)))

@@ -80,6 +80,23 @@ def _save_aside(save: Callable[[Path], None], folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+class Arguments(TrainingArguments):
+    """transformers' arguments, with a device of one's own choice."""
+
+    def place_on(self, device: torch.device) -> None:
+        """One process runs on `device`. Under torchrun each has the one that it was given, and several GPUs in one process
+        are never used (DataParallel): that is torchrun's part."""
+        self._n_gpu = min(self.n_gpu, 1)
+        if self.world_size > 1 or device.type == "cpu":
+            return
+        if device.index is None and device.type == "cuda":
+            device = torch.device("cuda", 0)
+        self.__dict__["_setup_devices"] = device  # the cached property that `device` reads
+        self.distributed_state.device = device  # accelerate's, which moves the batches
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+
 class AdapterTrainer(Trainer):
     """Trains what requires a gradient, here the adapter. `adapter` is attach_adapter's handle."""
 
@@ -92,6 +109,7 @@ class AdapterTrainer(Trainer):
         args: TrainingArguments,
         dataset: StepDataset,
         conditioning_rate: float = 1.0,
+        autocast: bool = False,
         **more: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
@@ -100,7 +118,7 @@ class AdapterTrainer(Trainer):
         self.running_loss = RunningLoss(self)
         self.add_callback(self.running_loss)
         self.adapter = adapter
-        self.conditioning_rate = conditioning_rate
+        self.conditioning_rate, self.autocast = conditioning_rate, autocast
         self.control: Any
         self.held_out: HeldOut | None = None
         self.best: Best | None = None
@@ -129,7 +147,8 @@ class AdapterTrainer(Trainer):
     ) -> Tensor:
         """This micro-batch's share of the step's loss: the mean over all response tokens of the step, on all ranks."""
         assert num_items_in_batch is not None, "Trainer counts the labels of every step"
-        total, _ = response_loss(model, inputs)
+        with self._precision():
+            total, _ = response_loss(model, inputs)
         tokens = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
         # Data parallel training averages gradients over the ranks, where the sum is wanted.
         return total * self.accelerator.num_processes / tokens
@@ -141,13 +160,18 @@ class AdapterTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         assert self.held_out is not None, "only Best asks for evaluations"
-        sums = self.held_out.sums(self.model, self.args.device)
+        with self._precision():
+            sums = self.held_out.sums(self.model, self.args.device)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
         metrics = {"eval_loss": float(sums[0] / sums[1])}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _precision(self) -> torch.autocast:
+        """Float32 weights, matrix products in bfloat16, where that is asked for."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate takes every parameter for trained

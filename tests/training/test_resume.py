@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training import checkpoints, finetune
-from llama_adapter_kernels.training.callbacks import TensorBoardLog
 from llama_adapter_kernels.training.checkpoints import MANIFEST, last_whole_checkpoint, step_of
+from llama_adapter_kernels.training.reporters import TensorBoardLog
 from llama_adapter_kernels.training.run_folder import CSV_FILE, RUN_FILE, claim
 from tests.support.runs import QUIET, SHORT, run, weights
 
@@ -256,8 +256,35 @@ def test_a_finished_run_can_be_made_longer(copy: Path, tiny_model: Path, rows_fi
     # 6 steps of warm-up, then half a cosine over 12: step 13 is in its middle.
     assert rates[13] == pytest.approx(longer.learning_rate / 2)
     assert json.loads((copy / RUN_FILE).read_text())["settings"]["epochs"] == 6
+    before = contents(copy)
     with pytest.raises(UserError, match="is at step 18 already, --epochs or --max-steps ask for 12"):
         run(tiny_model, rows_file, copy, LONG, execution=MEANS, resume=True)
+    assert contents(copy) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resume_with_other_settings_lists_them_and_touches_nothing(
+    copy: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    other = replace(LONG, gate="identity", batch_size=4, seed=3)
+    (copy / ".saving").mkdir()
+    (copy / ".saving" / "leftover").write_text("of a killed process")
+    before = contents(copy)
+    said = "batch_size was 8, is 4; gate was tanh, is identity; seed was 0, is 3$"
+    with pytest.raises(UserError, match=f"--resume needs the run's own settings, data and model: {said}"):
+        run(tiny_model, rows_file, copy, other, execution=MEANS, resume=True)
+    assert contents(copy) == before
+
+
+def test_a_setting_that_an_earlier_release_did_not_have(copy: Path, tiny_model: Path, rows_file: Path) -> None:
+    """Its default is what that release did."""
+    noted = json.loads((copy / RUN_FILE).read_text())
+    del noted["settings"]["autocast"], noted["settings"]["depths"]
+    (copy / RUN_FILE).write_text(json.dumps(noted))
+    assert run(tiny_model, rows_file, copy, LONG, execution=MEANS, resume=True).step == 12
 
 
 def test_the_first_step_of_a_longer_run_learns(copy: Path, tiny_model: Path, rows_file: Path) -> None:
