@@ -41,7 +41,7 @@ $(VENV)/senses.stamp: $(VENV)/cpu.stamp
 # CUDA. The Python part of an older release works without, but other libraries must not find it.
 $(VENV)/environment.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV): what tests, benchmarks and linters need"
-	$(PIP) pybind11 triton pyarrow pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard \
+	$(PIP) pybind11 triton pyarrow pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard trl \
 	    pytest pytest-xdist pytest-benchmark hypothesis expecttest ruff mypy clang-format gguf
 	$(PIP) --no-deps litgpt lightning lightning-utilities torchmetrics
 	$(PIP) --no-deps --target $(VENV)/timm --upgrade timm torchvision requests urllib3 charset-normalizer || \

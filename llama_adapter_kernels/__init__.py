@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llama_adapter_kernels.after_import import after_import
 from llama_adapter_kernels.ops import with_torch
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
     from llama_adapter_kernels.integrations.conditioning import Conditioning, attach_conditioning, load_conditioning
     from llama_adapter_kernels.integrations.peft.accelerating import accelerate_peft, restore_peft
+    from llama_adapter_kernels.integrations.peft.config import ZeroGateConfig
     from llama_adapter_kernels.integrations.registry import known_architectures, register_architecture
     from llama_adapter_kernels.integrations.transformers.trainer import AdapterTrainerMixin
     from llama_adapter_kernels.ops.attention import (
@@ -41,6 +43,7 @@ _LAZY = {
     "Separate": "integrations.architectures",
     "Tuning": "adapters.v2",
     "ZeroGateAdapter": "integrations.adapter",
+    "ZeroGateConfig": "integrations.peft.config",
     "accelerate_peft": "integrations.peft.accelerating",
     "adapters_per_sequence": "integrations.choosing",
     "attach_adapter": "integrations.attach",
@@ -75,6 +78,7 @@ def __dir__() -> list[str]:
 
 
 with_torch.register()
+after_import("peft", f"{__name__}.integrations.peft")  # its from_pretrained finds this package's method, too
 
 __all__ = [
     "AdapterConfig",
@@ -86,6 +90,7 @@ __all__ = [
     "Separate",
     "Tuning",
     "ZeroGateAdapter",
+    "ZeroGateConfig",
     "accelerate_peft",
     "adapters_per_sequence",
     "attach_adapter",

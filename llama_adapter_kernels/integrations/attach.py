@@ -46,12 +46,26 @@ def attach_adapter(
     Raises:
         ValueError: the model takes no adapter, the config does not fit it, or the name is taken. The model is as before.
     """
+    return attach(model, config, name, trainable=trainable)
+
+
+def attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    *,
+    trainable: Sequence[str] | None = None,
+    manager: str | None = None,
+) -> ZeroGateAdapter:
+    """`attach_adapter` for a library that keeps the books of a model's adapters; `manager`: its name."""
     if not isinstance(config, AdapterConfig):
         raise ValueError(f"config: expected an AdapterConfig, got {type(config).__name__}")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(Slot, name):
         raise ValueError(f"name: expected letters, digits, _ and - (and no method of a module), got {name!r:.120}")
     target = find_target(model)
     attachment: Attachment | None = getattr(target.stem, ATTRIBUTE, None)
+    if attachment is not None:
+        attachment.check_manager(manager, "add_adapter(name, lak.ZeroGateConfig(...)) or load_adapter(path, name)")
     if attachment is not None and name in attachment.adapters:
         raise ValueError(
             f"adapter {name!r}: expected a name that is not taken; detach_adapter(model, {name!r}) frees it"
@@ -66,6 +80,7 @@ def attach_adapter(
         tuning.connect(target, parts, name, attachment)
         return adapter
     attachment = _connect(target, trainable)
+    attachment.manager = manager
     attachment.add(name, adapter)
     tuning.connect(target, parts, name, attachment)
     attachment.active, attachment.expects_training = name, True
@@ -161,6 +176,7 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
         ValueError: the model has none, several and no name is given, it is in use, or the active one of several.
     """
     attachment, stem = attachment_of(model)
+    attachment.check_manager(None, "delete_adapter(name) or unload()")
     with attachment.lock:
         if name is None:
             if len(attachment.adapters) > 1:
@@ -174,10 +190,15 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
             )
         attachment.remove(name)
         if not attachment.adapters:
-            for undo in reversed(attachment.undo):
-                undo()
-            delattr(stem, ATTRIBUTE)
-            attachment.undo, attachment.slots = [], {}  # nothing of the model stays alive through a reference cycle
+            remove(attachment, stem)
+
+
+def remove(attachment: Attachment, stem: nn.Module) -> None:
+    """Makes the model what it was, once no adapter is left."""
+    for undo in reversed(attachment.undo):
+        undo()
+    delattr(stem, ATTRIBUTE)
+    attachment.undo, attachment.slots = [], {}  # nothing of the model stays alive through a reference cycle
 
 
 def _connect(target: Target, trainable: Sequence[str] | None) -> Attachment:

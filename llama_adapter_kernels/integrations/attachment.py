@@ -45,6 +45,7 @@ class Attachment:
         slots: of the model's attention modules, by layer number.
         keywords: whether keyword arguments of the forward pass reach the attention modules.
         check: called with the module and the keyword arguments of every forward pass; raises where they cannot be right.
+        manager: another library that keeps the books of the adapters (PEFT); None: this package's functions do.
         expects_training: the active adapter's parameters are meant to learn.
         tuned, layers: modules that adapters tune, and the model's layers as far as they have hooks for that.
         undo: what detaching the last adapter gives back.
@@ -59,6 +60,7 @@ class Attachment:
         self.tuned: list[nn.Module] = []
         self.layers: list[nn.Module] = []
         self.undo: list[Callable[[], None]] = []
+        self.manager: str | None = None
         self.expects_training = False
         self._active = Selection((None,), whole=True)
         self._start()
@@ -127,6 +129,17 @@ class Attachment:
             if name is not None and name not in self.adapters:
                 known = ", ".join(map(repr, sorted(self.adapters)))
                 raise ValueError(f"adapter {name!r}: unknown; this model has {known or 'none'}")
+
+    def check_manager(self, manager: str | None, instead: str) -> None:
+        """Raises ValueError if the adapters' books are kept elsewhere; `instead`: what does there what is asked for."""
+        if self.manager is not None and manager != self.manager:
+            raise ValueError(
+                f"model: its adapters belong to {self.manager}, which must know of it: {instead} of its model"
+            )
+        if self.manager is None and manager is not None:
+            raise ValueError(
+                "model: expected one without adapters of attach_adapter; lak.detach_adapter(model) comes first"
+            )
 
     def place(self, name: str, number: int) -> int:
         """Which of its adapter's layers the model's layer `number` is, from 0."""

@@ -23,6 +23,7 @@ def set_adapter(model: nn.Module, name: str | None, *, trainable: bool = True) -
         ValueError: the adapter is unknown.
     """
     attachment, _ = attachment_of(model)
+    attachment.check_manager(None, "set_adapter(name) or disable_adapter()")
     with attachment.lock:
         attachment.check_known(name)
         for other, adapter in attachment.adapters.items():

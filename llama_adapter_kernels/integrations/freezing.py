@@ -42,7 +42,7 @@ def freeze(model: nn.Module, keep: Sequence[str] | None, chosen: set[int]) -> di
         warnings.warn(
             f"attaching an adapter froze {', '.join(lost[:3])}{more}, which looked chosen for training; trainable=[...] "
             "with names (or parts of names and *) keeps them trainable, trainable=[] freezes them without this warning",
-            stacklevel=4,
+            stacklevel=5,
         )
     return before
 

@@ -5,42 +5,9 @@ A program that torch.export saved names its ops; loading it needs them registere
 the two makes no difference, and the command line's help need not wait for torch.
 """
 
-import sys
-from collections.abc import Sequence
-from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-
-_REGISTRATION = "llama_adapter_kernels.ops.registration"
-
-
-class _Finder(MetaPathFinder):
-    """Finds torch where Python does, and lets its loader import the registration after it."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != "torch":
-            return None
-        spec = PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            import_module(_REGISTRATION)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+from llama_adapter_kernels.after_import import after_import
 
 
 def register() -> None:
     """Registers the ops now or after `import torch`."""
-    if "torch" in sys.modules:
-        import_module(_REGISTRATION)
-    else:
-        sys.meta_path.insert(0, _Finder())
+    after_import("torch", "llama_adapter_kernels.ops.registration")
