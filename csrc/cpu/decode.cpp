@@ -53,10 +53,10 @@ struct Sizes {
 };
 
 template <class C>
-Sizes sizes_of(const ZeroGateParams& p) {
-  const int64_t rows = p.heads_kv > 0 ? p.heads_q / p.heads_kv * p.seq_q : 0;
+Sizes sizes_of(const ZeroGateParams& params) {
+  const int64_t rows = params.heads_kv > 0 ? params.heads_q / params.heads_kv * params.seq_q : 0;
   const int64_t chunks = (rows + kChunk<C> - 1) / kChunk<C>;
-  return {rows, chunks, round_up(p.head_dim, 2 * kLanes<C>), Ranges::most(p.seq_k, rows)};
+  return {rows, chunks, round_up(params.head_dim, 2 * kLanes<C>), Ranges::most(params.seq_k, rows)};
 }
 
 // The state of an online softmax over rows.
@@ -64,9 +64,9 @@ template <class C>
 struct Partial {
   C *maximum, *sum;  // [chunks][kLanes]: a vector for the rows of a chunk, see softmax
   C* accumulator;    // [chunks][kChunk][padded_depth]
-  Partial(Scratch& s, const Sizes& z)
-      : maximum(s.take<C>(z.chunks * kLanes<C>)), sum(s.take<C>(z.chunks * kLanes<C>)),
-        accumulator(s.take<C>(z.chunks * kChunk<C> * z.padded_depth)) {}
+  Partial(Scratch& memory, const Sizes& sizes)
+      : maximum(memory.take<C>(sizes.chunks * kLanes<C>)), sum(memory.take<C>(sizes.chunks * kLanes<C>)),
+        accumulator(memory.take<C>(sizes.chunks * kChunk<C> * sizes.padded_depth)) {}
 };
 
 template <class C>
@@ -76,52 +76,52 @@ struct DecodeScratch {
   C* ordered;                // [padded_depth]: an output row in the order of memory
   C* scores;                 // 2 x [kTileKeys][kChunk]; what is written at once divides a full tile
   C *key_tail, *value_tail;  // [kTileKeys][2 kLanes]: what of head_dim does not fill a pair, padded with zeros
-  DecodeScratch(Scratch& s, const Sizes& z)
-      : prefix(s, z), query(s.take<C>(z.chunks * kChunk<C> * z.padded_depth)), ordered(s.take<C>(z.padded_depth)),
-        scores(s.take<C>(2 * kTileKeys * kChunk<C>)), key_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)),
-        value_tail(s.take<C>(kTileKeys * 2 * kLanes<C>)) {}
+  DecodeScratch(Scratch& memory, const Sizes& sizes)
+      : prefix(memory, sizes), query(memory.take<C>(sizes.chunks * kChunk<C> * sizes.padded_depth)),
+        ordered(memory.take<C>(sizes.padded_depth)), scores(memory.take<C>(2 * kTileKeys * kChunk<C>)),
+        key_tail(memory.take<C>(kTileKeys * 2 * kLanes<C>)), value_tail(memory.take<C>(kTileKeys * 2 * kLanes<C>)) {}
 };
 
 template <template <class> class Part, class C>
-int64_t bytes_of(const Sizes& z) {
+int64_t bytes_of(const Sizes& sizes) {
   Scratch counter(nullptr);
-  Part<C> part(counter, z);
+  Part<C> part(counter, sizes);
   return counter.used();
 }
 
 // Lane i: the horizontal sum of v[i], of kLanes vectors. Each round halves their number by adding lanes of two of them:
 // neighbours (which one instruction brings together) until every 16 bytes hold the sums of their own vectors, then whole 16
 // bytes.
-template <class C, int HALF = 1>
+template <class C, int kHalf = 1>
 LAK_INLINE Vec<C> sum_each(Vec<C>* v) {
-  constexpr int lanes = kLanes<C>, inner = 16 / static_cast<int>(sizeof(C));
-  if constexpr (HALF == lanes) {
+  constexpr int kLane = kLanes<C>, kInner = 16 / static_cast<int>(sizeof(C));
+  if constexpr (kHalf == kLane) {
     return v[0];
   } else {
     IntVec<C> low{}, high{};  // an index >= lanes selects from the second operand
-    for (int lane = 0; lane < lanes; ++lane) {
-      if (HALF < inner) {
-        const int place = lane % inner * 2;
-        low[lane] = lane / inner * inner + (place < inner ? place : place - inner + lanes);
+    for (int lane = 0; lane < kLane; ++lane) {
+      if (kHalf < kInner) {
+        const int place = lane % kInner * 2;
+        low[lane] = lane / kInner * kInner + (place < kInner ? place : place - kInner + kLane);
         high[lane] = low[lane] + 1;
       } else {
-        low[lane] = lane & HALF ? lane - HALF + lanes : lane;
-        high[lane] = lane & HALF ? lane + lanes : lane + HALF;
+        low[lane] = lane & kHalf ? lane - kHalf + kLane : lane;
+        high[lane] = lane & kHalf ? lane + kLane : lane + kHalf;
       }
     }
-    unrolled<lanes / (2 * HALF)>([&](auto pair) LAK_INLINE_LAMBDA {
-      constexpr int i = 2 * HALF * pair;
-      v[i] = __builtin_shuffle(v[i], v[i + HALF], low) + __builtin_shuffle(v[i], v[i + HALF], high);
+    unrolled<kLane / (2 * kHalf)>([&](auto pair) LAK_INLINE_LAMBDA {
+      constexpr int kAt = 2 * kHalf * pair;
+      v[kAt] = __builtin_shuffle(v[kAt], v[kAt + kHalf], low) + __builtin_shuffle(v[kAt], v[kAt + kHalf], high);
     });
-    return sum_each<C, 2 * HALF>(v);
+    return sum_each<C, 2 * kHalf>(v);
   }
 }
 
-// Lane i: all lanes i % ROWS combined.
-template <class C, int ROWS, class Combine>
+// Lane i: all lanes i % kRows combined.
+template <class C, int kRows, class Combine>
 LAK_INLINE Vec<C> fold(Vec<C> v, const Combine& combine) {
 #pragma GCC unroll 4
-  for (int half = kLanes<C> / 2; half >= ROWS; half /= 2) {
+  for (int half = kLanes<C> / 2; half >= kRows; half /= 2) {
     IntVec<C> other{};
     for (int lane = 0; lane < kLanes<C>; ++lane) other[lane] = lane ^ half;
     v = combine(v, __builtin_shuffle(v, other));
@@ -165,48 +165,48 @@ class DecodeRows {
   static constexpr C kMinusInfinity = -__builtin_huge_val();
 
  public:
-  DecodeRows(const ZeroGateParams& params, const Sizes& z, const Sequence& sequence, int64_t b, int64_t kv_head,
-             const DecodeScratch<C>& scratch)
-      : p(params), seq(sequence), s(scratch), batch(b), head_kv(kv_head), group(p.heads_q / p.heads_kv), rows(z.rows),
-        depth(p.head_dim), padded_depth(z.padded_depth), whole(depth / kPair * kPair),
+  DecodeRows(const ZeroGateParams& problem, const Sizes& sizes, const Sequence& sequence, int64_t b, int64_t kv_head,
+             const DecodeScratch<C>& memory)
+      : params(problem), seq(sequence), scratch(memory), batch(b), head_kv(kv_head), group(problem.heads_q / problem.heads_kv),
+        rows(sizes.rows), depth(problem.head_dim), padded_depth(sizes.padded_depth), whole(depth / kPair * kPair),
         tile_keys(larger(kFewestTileKeys, smaller(kTileKeys, kTileBytes / row_bytes(depth) / 16 * 16))) {
     for (int64_t row = 0; row < rows; ++row) {
-      C* to = s.query + row * padded_depth;
-      arrange_row(row_pointer<const T>(p.query, batch, head_of(row), query_of(row)), depth, to);
-      for (int64_t d = 0; d < padded_depth; ++d) to[d] *= static_cast<C>(p.scale);
+      C* to = scratch.query + row * padded_depth;
+      arrange_row(row_pointer<const T>(params.query, batch, head_of(row), query_of(row)), depth, to);
+      for (int64_t d = 0; d < padded_depth; ++d) to[d] *= static_cast<C>(params.scale);
     }
-    for (int64_t i = rows * padded_depth; i < z.chunks * kChunk * padded_depth; ++i) s.query[i] = 0;
+    for (int64_t i = rows * padded_depth; i < sizes.chunks * kChunk * padded_depth; ++i) scratch.query[i] = 0;
   }
 
   // The prefix was last read a layer's weights ago and comes from memory, row by row, with nothing to hide that behind: it is
   // asked for before the words.
   void prefetch_prefix() const {
     if (seq.prefix < 0) return;
-    constexpr int64_t most_bytes = 16 << 10;  // of keys and of values: what stays in L2 beside the words
+    constexpr int64_t kMostBytes = 16 << 10;  // of keys and of values: what stays in L2 beside the words
     const int64_t lines = (row_bytes(depth) + kCacheLine - 1) / kCacheLine;
-    const int64_t slots = smaller(p.prefix_length, most_bytes / row_bytes(depth));
-    Ahead keys = ahead(p.prefix_key, seq.prefix, 0), values = ahead(p.prefix_value, seq.prefix, 0);
+    const int64_t slots = smaller(params.prefix_length, kMostBytes / row_bytes(depth));
+    Ahead keys = ahead(params.prefix_key, seq.prefix, 0), values = ahead(params.prefix_value, seq.prefix, 0);
     for (int64_t line = 0; line < slots * lines; ++line) keys.prefetch_line(), values.prefetch_line();
   }
 
   void words(int64_t begin, int64_t end, const Partial<C>& state) {
-    attend(p.key, p.value, batch, begin, end, seq.diagonal + 1, state);
+    attend(params.key, params.value, batch, begin, end, seq.diagonal + 1, state);
   }
 
   // Combines `count` states that lie `state_bytes` apart, adds the prefix and writes the output rows.
-  void finish(const char* states, const Sizes& z, int64_t state_bytes, int64_t count) {
+  void finish(const char* states, const Sizes& sizes, int64_t state_bytes, int64_t count) {
     if (seq.prefix >= 0) {
-      attend(p.prefix_key, p.prefix_value, seq.prefix, 0, p.prefix_length, p.prefix_length, s.prefix);
+      attend(params.prefix_key, params.prefix_value, seq.prefix, 0, params.prefix_length, params.prefix_length, scratch.prefix);
     }
     const auto state = [&](int64_t i) {
       Scratch memory(const_cast<char*>(states) + i * state_bytes);
-      return Partial<C>(memory, z);
+      return Partial<C>(memory, sizes);
     };
     for (int64_t row = 0; row < rows; ++row) {
       C highest = kMinusInfinity, sum = 0;
       for (int64_t i = 0; i < count; ++i) highest = larger_of(maximum_of(state(i), row), highest);
       const C reference = highest == kMinusInfinity ? C(0) : highest;
-      C* out = s.query + row * padded_depth;  // the scaled queries are not needed any more
+      C* out = scratch.query + row * padded_depth;  // the scaled queries are not needed any more
       for (int64_t d = 0; d < padded_depth; ++d) out[d] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Partial<C> part = state(i);
@@ -217,21 +217,21 @@ class DecodeRows {
       const C inverse = sum == 0 ? C(0) : C(1) / sum;  // 0: the row sees no key; NaN stays NaN
       for (int64_t d = 0; d < padded_depth; ++d) out[d] *= inverse;
       if (seq.prefix >= 0) {
-        const C gate = gate_of<C>(p, seq.prefix, head_of(row));
-        add_scaled(s.prefix.accumulator + row * padded_depth, gate / sum_of(s.prefix, row), out);
+        const C gate = gate_of<C>(params, seq.prefix, head_of(row));
+        add_scaled(scratch.prefix.accumulator + row * padded_depth, gate / sum_of(scratch.prefix, row), out);
       }
-      for (int64_t d = 0; d < depth; ++d) s.ordered[d] = out[d / kPair * kPair + place_in_pair<T, C>(d % kPair)];
-      narrow_row(s.ordered, C(1), depth, row_pointer<T>(p.output, batch, head_of(row), query_of(row)));
-      if (p.logsumexp.data) {
-        *row_statistic<C>(p.logsumexp, batch, head_of(row), query_of(row)) =
+      for (int64_t d = 0; d < depth; ++d) scratch.ordered[d] = out[d / kPair * kPair + place_in_pair<T, C>(d % kPair)];
+      narrow_row(scratch.ordered, C(1), depth, row_pointer<T>(params.output, batch, head_of(row), query_of(row)));
+      if (params.logsumexp.data) {
+        *row_statistic<C>(params.logsumexp, batch, head_of(row), query_of(row)) =
             sum == 0 ? kMinusInfinity : static_cast<C>(highest + __builtin_log(static_cast<double>(sum)));
       }
     }
   }
 
  private:
-  int64_t head_of(int64_t row) const { return head_kv * group + row / p.seq_q; }
-  int64_t query_of(int64_t row) const { return row % p.seq_q; }
+  int64_t head_of(int64_t row) const { return head_kv * group + row / params.seq_q; }
+  int64_t query_of(int64_t row) const { return row % params.seq_q; }
   static int64_t row_bytes(int64_t depth) { return larger(1, depth * static_cast<int64_t>(sizeof(T))); }
   // How many rows of the chunk that contains `row` are computed: all, with zeros for queries, where 3 are left.
   int64_t rows_together(int64_t row) const {
@@ -277,10 +277,11 @@ class DecodeRows {
     return {data, view.stride_row, tail, n};
   }
   Ahead ahead(const TensorView& view, int64_t b, int64_t first) const {
-    constexpr int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(row_pointer<const T>(view, b, head_kv, first)), view.stride_row * size, depth * size};
+    constexpr int64_t kSize = sizeof(T);
+    return {reinterpret_cast<const char*>(row_pointer<const T>(view, b, head_kv, first)), view.stride_row * kSize,
+            depth * kSize};
   }
-  Ahead nothing_ahead() const { return {reinterpret_cast<const char*>(s.scores), 0, kCacheLine}; }  // one line, in cache
+  Ahead nothing_ahead() const { return {reinterpret_cast<const char*>(scratch.scores), 0, kCacheLine}; }  // one line, in cache
 
   // One chunk of rows on one tile of keys.
   struct Step {
@@ -302,35 +303,35 @@ class DecodeRows {
       Step step{k0, smaller(tile_keys, end - k0), row, scores, {}, nothing_ahead(), nothing_ahead()};
       if (step.n <= 0) return step;
       if (row == 0) {
-        step.k = tile_of(k_view, b, k0, step.n, s.key_tail);
+        step.k = tile_of(k_view, b, k0, step.n, scratch.key_tail);
         step.values = ahead(v_view, b, k0);
         if (k0 + step.n < end) step.keys = ahead(k_view, b, k0 + step.n);
       } else {  // the first chunk has asked for all that, and filled the tail
-        step.k = {row_pointer<const T>(k_view, b, head_kv, k0), k_view.stride_row, whole == depth ? nullptr : s.key_tail,
+        step.k = {row_pointer<const T>(k_view, b, head_kv, k0), k_view.stride_row, whole == depth ? nullptr : scratch.key_tail,
                   step.n};
       }
       return step;
     };
-    C* other_scores = s.scores + kTileKeys * kChunk;
-    Step step = step_at(begin, 0, s.scores);
+    C* other_scores = scratch.scores + kTileKeys * kChunk;
+    Step step = step_at(begin, 0, scratch.scores);
     dot_products(step, 0, 1);
     while (step.n > 0) {
       const bool last_chunk = step.row + kChunk >= rows;
       const Step next = step_at(last_chunk ? step.k0 + step.n : step.k0, last_chunk ? 0 : step.row + kChunk,
-                                step.scores == s.scores ? other_scores : s.scores);
+                                step.scores == scratch.scores ? other_scores : scratch.scores);
       with_rows(step.row, [&](auto chunk_rows) LAK_INLINE_LAMBDA {
-        constexpr int count = chunk_rows;
+        constexpr int kCount = chunk_rows;
         alignas(kVectorBytes) C rescale[kLane];
-        for (int64_t r = 0; r < smaller(count, rows - step.row); ++r) {
+        for (int64_t r = 0; r < smaller(kCount, rows - step.row); ++r) {
           for (int64_t t = larger(0, limit + query_of(step.row + r) - step.k0); t < step.n; ++t)
-            step.scores[t * count + r] = kMinusInfinity;
+            step.scores[t * kCount + r] = kMinusInfinity;
         }
         const int64_t chunk = step.row / kChunk * kLane;
-        softmax<count>(step.n, step.scores, state.maximum + chunk, state.sum + chunk, rescale);
-        if (step.row == 0 && whole != depth) tile_of(v_view, b, step.k0, step.n, s.value_tail);
+        softmax<kCount>(step.n, step.scores, state.maximum + chunk, state.sum + chunk, rescale);
+        if (step.row == 0 && whole != depth) tile_of(v_view, b, step.k0, step.n, scratch.value_tail);
         const TileRows<T> v{row_pointer<const T>(v_view, b, head_kv, step.k0), v_view.stride_row,
-                            whole == depth ? nullptr : s.value_tail, step.n};
-        weighted_sum<count>(v, step.scores, rescale, state.accumulator + step.row * padded_depth, next);
+                            whole == depth ? nullptr : scratch.value_tail, step.n};
+        weighted_sum<kCount>(v, step.scores, rescale, state.accumulator + step.row * padded_depth, next);
       });
       step = next;
     }
@@ -350,81 +351,80 @@ class DecodeRows {
   void dot_products(const Step& step, int64_t part, int64_t parts) {
     if (step.n <= 0) return;
     with_rows(step.row, [&](auto chunk_rows) LAK_INLINE_LAMBDA {
-      constexpr int count = chunk_rows, keys = kSums / count;
-      const int64_t groups = (step.n + keys - 1) / keys;
-      const int64_t from = groups * part / parts * keys, to = smaller(groups * (part + 1) / parts * keys, step.n);
-      const C* query = s.query + step.row * padded_depth;
-      if (step.k.tail) dot_products_of<count, true>(step, query, from, to);
-      else dot_products_of<count, false>(step, query, from, to);
+      constexpr int kCount = chunk_rows, kKeys = kSums / kCount;
+      const int64_t groups = (step.n + kKeys - 1) / kKeys;
+      const int64_t from = groups * part / parts * kKeys, to = smaller(groups * (part + 1) / parts * kKeys, step.n);
+      const C* query = scratch.query + step.row * padded_depth;
+      if (step.k.tail) dot_products_of<kCount, true>(step, query, from, to);
+      else dot_products_of<kCount, false>(step, query, from, to);
     });
   }
 
-  // TAIL is a template argument so that the sums live in registers from end to end.
-  template <int ROWS, bool TAIL>
+  // kTail is a template argument so that the sums live in registers from end to end.
+  template <int kRows, bool kTail>
   __attribute__((noinline)) void dot_products_of(const Step& step, const C* query, int64_t from, int64_t to) {
-    constexpr int sums = kSums, keys = sums / ROWS;
+    constexpr int kKeys = kSums / kRows;
     // Of each stream, as many lines as are read of the keys.
-    constexpr int lines = (keys * kPair * static_cast<int>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
+    constexpr int kLines = (kKeys * kPair * static_cast<int>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
     // Copies, because the compiler takes every store for one that may change a member.
     const TileRows<T> k = step.k;
     Ahead values_ahead = step.values.from(from), keys_ahead = step.keys.from(from);
     const int64_t count = k.count, depth_in_pairs = whole, query_stride = padded_depth;
-    C* scores = step.scores + from * ROWS;
-    for (int64_t t = from; t < to; t += keys, scores += sums) {
-      const T* key[keys];
-      unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { key[i] = k.data + smaller(t + i, count - 1) * k.stride; });
-      Vec<C> sum[sums];  // [key][row]
-      unrolled<sums>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    C* scores = step.scores + from * kRows;
+    for (int64_t t = from; t < to; t += kKeys, scores += kSums) {
+      const T* key[kKeys];
+      unrolled<kKeys>([&](auto i) LAK_INLINE_LAMBDA { key[i] = k.data + smaller(t + i, count - 1) * k.stride; });
+      Vec<C> sum[kSums];  // [key][row]
+      unrolled<kSums>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
       const auto add = [&](const C* q, const auto& element) LAK_INLINE_LAMBDA {
-        Vec<C> x[keys];
-        unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { x[i] = element(i); });
-        unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+        Vec<C> x[kKeys];
+        unrolled<kKeys>([&](auto i) LAK_INLINE_LAMBDA { x[i] = element(i); });
+        unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
           const Vec<C> y = in_register<C>(load(q + r * query_stride));
-          unrolled<keys>([&](auto i) LAK_INLINE_LAMBDA { sum[i * ROWS + r] += y * x[i]; });
+          unrolled<kKeys>([&](auto i) LAK_INLINE_LAMBDA { sum[i * kRows + r] += y * x[i]; });
         });
       };
       for (int64_t d = 0; d < depth_in_pairs; d += kPair) {
-        unrolled<lines>([&](auto) LAK_INLINE_LAMBDA { values_ahead.prefetch_line(), keys_ahead.prefetch_line(); });
+        unrolled<kLines>([&](auto) LAK_INLINE_LAMBDA { values_ahead.prefetch_line(), keys_ahead.prefetch_line(); });
         add(query + d, [&](auto i) LAK_INLINE_LAMBDA { return load_half<0>(key[i] + d); });
         add(query + d + kLane, [&](auto i) LAK_INLINE_LAMBDA { return load_half<1>(key[i] + d); });
       }
-      if constexpr (TAIL) {
+      if constexpr (kTail) {
         const auto tail = [&](auto i) LAK_INLINE_LAMBDA { return k.tail + smaller(t + i, count - 1) * kPair; };
         add(query + depth_in_pairs, [&](auto i) LAK_INLINE_LAMBDA { return load(tail(i)); });
         add(query + depth_in_pairs + kLane, [&](auto i) LAK_INLINE_LAMBDA { return load(tail(i) + kLane); });
       }
-      unrolled<sums / kLanes<C>>([&](auto i) LAK_INLINE_LAMBDA { store(scores + i * kLane, sum_each<C>(sum + i * kLane)); });
+      unrolled<kSums / kLanes<C>>([&](auto i) LAK_INLINE_LAMBDA { store(scores + i * kLane, sum_each<C>(sum + i * kLane)); });
     }
   }
 
-  // One step of the online softmax: scores [n][ROWS] become probabilities against the rows' new maxima. maximum_so_far and
-  // sum_so_far hold a vector; lane i belongs to row i % ROWS, and the sums are added over lanes at the very end. rescale,
+  // One step of the online softmax: scores [n][kRows] become probabilities against the rows' new maxima. maximum_so_far and
+  // sum_so_far hold a vector; lane i belongs to row i % kRows, and the sums are added over lanes at the very end. rescale,
   // likewise: what the old sums shrink by.
-  template <int ROWS>
+  template <int kRows>
   __attribute__((noinline)) void softmax(int64_t n, C* scores, C* maximum_so_far, C* sum_so_far, C* rescale) {
-    constexpr int chains = kSoftmaxChains;
-    const int64_t end = round_up(n * ROWS, chains * kLane);
-    for (int64_t i = n * ROWS; i < end; ++i) scores[i] = kMinusInfinity;
+    const int64_t end = round_up(n * kRows, kSoftmaxChains * kLane);
+    for (int64_t i = n * kRows; i < end; ++i) scores[i] = kMinusInfinity;
     const auto larger_of_each = [](Vec<C> a, Vec<C> b) LAK_INLINE_LAMBDA { return maximum<C>(a, b); };  // NaN: the second
     const Vec<C> log2e = broadcast(static_cast<C>(kLog2E)), before = load(maximum_so_far);
-    Vec<C> highest[chains], sum[chains];
-    unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA { highest[c] = before, sum[c] = Vec<C>{}; });
-    for (int64_t i = 0; i < end; i += chains * kLane) {
-      unrolled<chains>([&](auto c)
-                           LAK_INLINE_LAMBDA { highest[c] = larger_of_each(load(scores + i + c * kLane), highest[c]); });
+    Vec<C> highest[kSoftmaxChains], sum[kSoftmaxChains];
+    unrolled<kSoftmaxChains>([&](auto c) LAK_INLINE_LAMBDA { highest[c] = before, sum[c] = Vec<C>{}; });
+    for (int64_t i = 0; i < end; i += kSoftmaxChains * kLane) {
+      unrolled<kSoftmaxChains>(
+          [&](auto c) LAK_INLINE_LAMBDA { highest[c] = larger_of_each(load(scores + i + c * kLane), highest[c]); });
     }
-    unrolled<chains - 1>([&](auto c) LAK_INLINE_LAMBDA { highest[0] = larger_of_each(highest[c + 1], highest[0]); });
-    const Vec<C> top = fold<C, ROWS>(highest[0], larger_of_each);
+    unrolled<kSoftmaxChains - 1>([&](auto c) LAK_INLINE_LAMBDA { highest[0] = larger_of_each(highest[c + 1], highest[0]); });
+    const Vec<C> top = fold<C, kRows>(highest[0], larger_of_each);
     const Vec<C> reference = top == broadcast(kMinusInfinity) ? Vec<C>{} : top;
-    for (int64_t i = 0; i < end; i += chains * kLane) {
-      unrolled<chains>([&](auto c) LAK_INLINE_LAMBDA {
+    for (int64_t i = 0; i < end; i += kSoftmaxChains * kLane) {
+      unrolled<kSoftmaxChains>([&](auto c) LAK_INLINE_LAMBDA {
         C* at = scores + i + c * kLane;
         const Vec<C> probability = exp2_nonpositive((load(at) - reference) * log2e);
         store(at, probability);
         sum[c] += probability;
       });
     }
-    unrolled<chains - 1>([&](auto c) LAK_INLINE_LAMBDA { sum[0] += sum[c + 1]; });
+    unrolled<kSoftmaxChains - 1>([&](auto c) LAK_INLINE_LAMBDA { sum[0] += sum[c + 1]; });
     const Vec<C> shrinking_by = exp2_nonpositive((before - reference) * log2e);
     store(rescale, shrinking_by);
     store(maximum_so_far, top);
@@ -432,46 +432,46 @@ class DecodeRows {
   }
 
   // out[r] = rescale[r] * out[r] + sum_t scores[t][r] V[t]. Between its blocks of columns: the scores of the next step.
-  template <int ROWS>
+  template <int kRows>
   void weighted_sum(const TileRows<T>& v, const C* scores, const C* rescale, C* out, const Step& next) {
-    constexpr int64_t most = kVectorBytes == 64 ? (ROWS > 2 ? 2 : 4) : 4 / ROWS;  // pairs of a block: 8 or 16 sums
-    const int64_t blocks = larger(1, (whole / kPair + most - 1) / most);
+    constexpr int64_t kMost = kVectorBytes == 64 ? (kRows > 2 ? 2 : 4) : 4 / kRows;  // pairs of a block: 8 or 16 sums
+    const int64_t blocks = larger(1, (whole / kPair + kMost - 1) / kMost);
     int64_t block = 0;
-    for (int64_t d = 0; d < whole; d += most * kPair) {
-      const int64_t pairs = smaller(most, (whole - d) / kPair);
-      unrolled<most>([&](auto less) LAK_INLINE_LAMBDA {
-        constexpr int width = less + 1;
-        if (pairs == width) block_of<ROWS, width>(v.data + d, v.stride, v.count, scores, rescale, out + d);
+    for (int64_t d = 0; d < whole; d += kMost * kPair) {
+      const int64_t pairs = smaller(kMost, (whole - d) / kPair);
+      unrolled<kMost>([&](auto less) LAK_INLINE_LAMBDA {
+        constexpr int kWidth = less + 1;
+        if (pairs == kWidth) block_of<kRows, kWidth>(v.data + d, v.stride, v.count, scores, rescale, out + d);
       });
       dot_products(next, block++, blocks);
     }
-    if (v.tail) block_of<ROWS, 1>(v.tail, kPair, v.count, scores, rescale, out + whole);
+    if (v.tail) block_of<kRows, 1>(v.tail, kPair, v.count, scores, rescale, out + whole);
     if (whole == 0) dot_products(next, 0, 1);
   }
 
   // Sums begin at zero and meet the old ones at the end: short chains of additions round less.
-  template <int ROWS, int PAIRS, class S>
+  template <int kRows, int kPairs, class S>
   __attribute__((noinline)) void block_of(const S* v, int64_t stride, int64_t n, const C* weights, const C* rescale, C* out) {
-    constexpr int vecs = 2 * PAIRS;
-    Vec<C> sum[ROWS * vecs];
-    unrolled<ROWS * vecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
-    for (int64_t t = 0; t < n; ++t, v += stride, weights += ROWS) {
-      Vec<C> weight[ROWS];
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA { weight[r] = in_register<C>(broadcast(weights[r])); });
-      unrolled<vecs>([&](auto i) LAK_INLINE_LAMBDA {
+    constexpr int kVecs = 2 * kPairs;
+    Vec<C> sum[kRows * kVecs];
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    for (int64_t t = 0; t < n; ++t, v += stride, weights += kRows) {
+      Vec<C> weight[kRows];
+      unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA { weight[r] = in_register<C>(broadcast(weights[r])); });
+      unrolled<kVecs>([&](auto i) LAK_INLINE_LAMBDA {
         const Vec<C> value = in_register<C>(load_half<i % 2>(v + i / 2 * kPair));
-        unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA { sum[r * vecs + i] += weight[r] * value; });
+        unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA { sum[r * kVecs + i] += weight[r] * value; });
       });
     }
-    unrolled<ROWS * vecs>([&](auto i) LAK_INLINE_LAMBDA {
-      C* to = out + i / vecs * padded_depth + i % vecs * kLane;
-      store(to, load(to) * broadcast(rescale[i / vecs]) + sum[i]);
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA {
+      C* to = out + i / kVecs * padded_depth + i % kVecs * kLane;
+      store(to, load(to) * broadcast(rescale[i / kVecs]) + sum[i]);
     });
   }
 
-  const ZeroGateParams& p;
+  const ZeroGateParams& params;
   const Sequence& seq;
-  const DecodeScratch<C>& s;
+  const DecodeScratch<C>& scratch;
   const int64_t batch, head_kv, group, rows, depth, padded_depth;
   const int64_t whole;  // the part of head_dim that fills pairs
   const int64_t tile_keys;
@@ -482,58 +482,58 @@ template <class C>
 struct Workspace {
   int64_t counters, state_bytes, scratch_bytes, states, workers;
 
-  Workspace(const ZeroGateParams& p, const Sizes& z)
-      : counters(round_up(p.batch * p.heads_kv * static_cast<int64_t>(sizeof(int64_t)), 64)),
-        state_bytes(bytes_of<Partial, C>(z)), scratch_bytes(bytes_of<DecodeScratch, C>(z)), states(counters),
-        workers(states + p.batch * p.heads_kv * z.most_ranges * state_bytes) {}
+  Workspace(const ZeroGateParams& params, const Sizes& sizes)
+      : counters(round_up(params.batch * params.heads_kv * static_cast<int64_t>(sizeof(int64_t)), 64)),
+        state_bytes(bytes_of<Partial, C>(sizes)), scratch_bytes(bytes_of<DecodeScratch, C>(sizes)), states(counters),
+        workers(states + params.batch * params.heads_kv * sizes.most_ranges * state_bytes) {}
 };
 
 template <class T>
-void decode_typed(const ZeroGateParams& p, const Parallel& parallel) {
+void decode_typed(const ZeroGateParams& params, const Parallel& parallel) {
   using C = Compute<T>;
-  const Sizes z = sizes_of<C>(p);
-  const Workspace<C> layout(p, z);
-  const int64_t heads = p.batch * p.heads_kv, tasks = heads * z.most_ranges;
+  const Sizes sizes = sizes_of<C>(params);
+  const Workspace<C> layout(params, sizes);
+  const int64_t heads = params.batch * params.heads_kv, tasks = heads * sizes.most_ranges;
   if (tasks == 0) return;
-  char* memory = static_cast<char*>(p.workspace);
+  char* memory = static_cast<char*>(params.workspace);
   int64_t* done = reinterpret_cast<int64_t*>(memory);
   for (int64_t i = 0; i < heads; ++i) done[i] = 0;
   // Ranges of keys follow each other in memory; where heads lie side by side (a [batch, keys, heads, head_dim] cache),
   // the same range of all heads does, and shares its pages.
-  const bool heads_side_by_side = p.key.stride_head < p.key.stride_row;
+  const bool heads_side_by_side = params.key.stride_head < params.key.stride_row;
   run_tasks(parallel, tasks, [&](int64_t task, int64_t worker) {
-    const int64_t b = task / (p.heads_kv * z.most_ranges), rest = task % (p.heads_kv * z.most_ranges);
-    const int64_t range = heads_side_by_side ? rest / p.heads_kv : rest % z.most_ranges;
-    const int64_t head = heads_side_by_side ? rest % p.heads_kv : rest / z.most_ranges;
-    const Sequence seq = sequence_of(p, b);
-    const Ranges ranges(seq, z.rows);
+    const int64_t b = task / (params.heads_kv * sizes.most_ranges), rest = task % (params.heads_kv * sizes.most_ranges);
+    const int64_t range = heads_side_by_side ? rest / params.heads_kv : rest % sizes.most_ranges;
+    const int64_t head = heads_side_by_side ? rest % params.heads_kv : rest / sizes.most_ranges;
+    const Sequence seq = sequence_of(params, b);
+    const Ranges ranges(seq, sizes.rows);
     if (range >= ranges.count) return;
     Scratch own(memory + layout.workers + worker * layout.scratch_bytes);
-    const DecodeScratch<C> scratch(own, z);
-    char* states = memory + layout.states + (b * p.heads_kv + head) * z.most_ranges * layout.state_bytes;
+    const DecodeScratch<C> scratch(own, sizes);
+    char* states = memory + layout.states + (b * params.heads_kv + head) * sizes.most_ranges * layout.state_bytes;
     Scratch state(states + range * layout.state_bytes);
-    DecodeRows<T> rows(p, z, seq, b, head, scratch);
+    DecodeRows<T> rows(params, sizes, seq, b, head, scratch);
     if (range + 1 == ranges.count) rows.prefetch_prefix();
     const int64_t begin = ranges.begin + range * ranges.keys;
-    rows.words(begin, smaller(begin + ranges.keys, ranges.end), Partial<C>(state, z));
-    const int64_t finished = __atomic_add_fetch(done + b * p.heads_kv + head, 1, __ATOMIC_ACQ_REL);
-    if (finished == ranges.count) rows.finish(states, z, layout.state_bytes, ranges.count);
+    rows.words(begin, smaller(begin + ranges.keys, ranges.end), Partial<C>(state, sizes));
+    const int64_t finished = __atomic_add_fetch(done + b * params.heads_kv + head, 1, __ATOMIC_ACQ_REL);
+    if (finished == ranges.count) rows.finish(states, sizes, layout.state_bytes, ranges.count);
   });
 }
 
 }  // namespace
 
-int64_t decode_workspace(const ZeroGateParams& p, int threads) {
-  return with_storage_type(p.dtype, [&](auto type) {
+int64_t decode_workspace(const ZeroGateParams& params, int threads) {
+  return with_storage_type(params.dtype, [&](auto type) {
     using C = Compute<decltype(type)>;
-    const Workspace<C> layout(p, sizes_of<C>(p));
+    const Workspace<C> layout(params, sizes_of<C>(params));
     return layout.workers + threads * layout.scratch_bytes;
   });
 }
 
-void decode(const ZeroGateParams& p, const Parallel& parallel) {
-  with_storage_type(p.dtype, [&](auto type) {
-    decode_typed<decltype(type)>(p, parallel);
+void decode(const ZeroGateParams& params, const Parallel& parallel) {
+  with_storage_type(params.dtype, [&](auto type) {
+    decode_typed<decltype(type)>(params, parallel);
     return 0;
   });
 }

@@ -52,19 +52,19 @@ LAK_INLINE uint32_t pair_at(const BFloat16* p) {
 // to[d / 2][r] = the pair (d, d + 1) of row r, zeros for rows <= r < padded_rows. depth is even.
 inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth,
                             uint32_t* to, int64_t ldt) {
-  constexpr int64_t lanes = kLanes<float>;
-  for (int64_t r0 = 0; r0 < padded_rows; r0 += lanes) {
+  constexpr int64_t kLane = kLanes<float>;
+  for (int64_t r0 = 0; r0 < padded_rows; r0 += kLane) {
     int64_t d = 0;
-    if (r0 + lanes <= rows) {
-      for (; d + 2 * lanes <= depth; d += 2 * lanes) {
-        Vec<float> block[lanes];
-        for (int64_t r = 0; r < lanes; ++r) block[r] = (Vec<float>)load_neighbours(from + (r0 + r) * stride + d);
+    if (r0 + kLane <= rows) {
+      for (; d + 2 * kLane <= depth; d += 2 * kLane) {
+        Vec<float> block[kLane];
+        for (int64_t r = 0; r < kLane; ++r) block[r] = (Vec<float>)load_neighbours(from + (r0 + r) * stride + d);
         transpose_square<float>(block);
-        for (int64_t i = 0; i < lanes; ++i) store_pairs(to + (d / 2 + i) * ldt + r0, (Pairs)block[i]);
+        for (int64_t i = 0; i < kLane; ++i) store_pairs(to + (d / 2 + i) * ldt + r0, (Pairs)block[i]);
       }
     }
     for (; d < depth; d += 2) {
-      for (int64_t r = 0; r < lanes; ++r) to[d / 2 * ldt + r0 + r] = r0 + r < rows ? pair_at(from + (r0 + r) * stride + d) : 0;
+      for (int64_t r = 0; r < kLane; ++r) to[d / 2 * ldt + r0 + r] = r0 + r < rows ? pair_at(from + (r0 + r) * stride + d) : 0;
     }
   }
 }
@@ -72,12 +72,12 @@ inline void transpose_pairs(const BFloat16* from, int64_t stride, int64_t rows, 
 // to[t / 2][d] = the pair of rows t, t + 1, zeros past the last row and column.
 inline void interleave_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t depth, int64_t padded_depth,
                             uint32_t* to) {
-  constexpr int64_t lanes = kLanes<float>;
+  constexpr int64_t kLane = kLanes<float>;
   for (int64_t t = 0; t < rows; t += 2) {
     const BFloat16 *low = from + t * stride, *high = low + stride;
     const bool has_high = t + 1 < rows;
     int64_t d = 0;
-    for (; has_high && d + lanes <= depth; d += lanes) store_pairs(to + d, interleave(low + d, high + d));
+    for (; has_high && d + kLane <= depth; d += kLane) store_pairs(to + d, interleave(low + d, high + d));
     for (; d < padded_depth; ++d) {
       to[d] = d < depth ? low[d].bits | (has_high ? static_cast<uint32_t>(high[d].bits) << 16 : 0u) : 0u;
     }
@@ -103,64 +103,64 @@ inline void narrow_weights(const float* weights, int64_t n, int64_t columns, int
   }
 }
 
-// out[r][0 .. VECS) (+)= factor * sum_k a[r][k] b[k][..] over `pairs` pairs along k: two neighbours in a row of a are one.
-template <int ROWS, int VECS>
+// out[r][0 .. kVecs) (+)= factor * sum_k a[r][k] b[k][..] over `pairs` pairs along k: two neighbours in a row of a are one.
+template <int kRows, int kVecs>
 struct PairRowByColumns {
   static void run(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs, float factor, float* out,
                   int64_t ldo, bool add) {
-    Vec<float> sum[ROWS * VECS];
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
+    Vec<float> sum[kRows * kVecs];
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
     for (int64_t k = 0; k < pairs; ++k) {
-      Pairs column[VECS];
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+      Pairs column[kVecs];
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
+      unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(pair_at(a + r * lda + 2 * k));
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]); });
+        unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { sum[r * kVecs + v] = dot_pairs(sum[r * kVecs + v], x, column[v]); });
       });
     }
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
-      float* to = out + i / VECS * ldo + i % VECS * kLanes<float>;
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA {
+      float* to = out + i / kVecs * ldo + i % kVecs * kLanes<float>;
       const Vec<float> product = sum[i] * broadcast(factor);
       store(to, add ? load(to) + product : product);
     });
   }
 };
 
-// out[r][0 .. VECS) = rescale[r] * out + sum over `pairs` pairs of rows of a and b, columns of a broadcast.
-template <int ROWS, int VECS>
+// out[r][0 .. kVecs) = rescale[r] * out + sum over `pairs` pairs of rows of a and b, columns of a broadcast.
+template <int kRows, int kVecs>
 struct PairColumnByColumns {
   static void run(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t pairs, float* out, int64_t ldo,
                   const float* rescale) {
-    Vec<float> sum[ROWS * VECS];
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
+    Vec<float> sum[kRows * kVecs];
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<float>{}; });
     for (int64_t k = 0; k < pairs; ++k) {
-      Pairs column[VECS];
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+      Pairs column[kVecs];
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load_pairs(b + k * ldb + v * kLanes<float>); });
+      unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
         const Pairs x = Pairs{} + static_cast<int32_t>(a[k * lda + r]);
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] = dot_pairs(sum[r * VECS + v], x, column[v]); });
+        unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { sum[r * kVecs + v] = dot_pairs(sum[r * kVecs + v], x, column[v]); });
       });
     }
-    unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+    unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
       const Vec<float> factor = broadcast(rescale ? rescale[r] : 1.0f);
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA {
         float* to = out + r * ldo + v * kLanes<float>;
-        store(to, load(to) * factor + sum[r * VECS + v]);
+        store(to, load(to) * factor + sum[r * kVecs + v]);
       });
     });
   }
 };
 
 // The instantiation for `rows` x `vecs`, as tile_function of tiles.h.
-template <template <int, int> class Tile, int ROWS = kTileRows, int VECS = kTileVecs>
+template <template <int, int> class Tile, int kRows = kTileRows, int kVecs = kTileVecs>
 LAK_INLINE auto pair_tile_function(int64_t rows, int64_t vecs) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) return pair_tile_function<Tile, ROWS - 1, VECS>(rows, vecs);
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return pair_tile_function<Tile, kRows - 1, kVecs>(rows, vecs);
   }
-  if constexpr (VECS > 1) {
-    if (vecs < VECS) return pair_tile_function<Tile, ROWS, VECS - 1>(rows, vecs);
+  if constexpr (kVecs > 1) {
+    if (vecs < kVecs) return pair_tile_function<Tile, kRows, kVecs - 1>(rows, vecs);
   }
-  return &Tile<ROWS, VECS>::run;
+  return &Tile<kRows, kVecs>::run;
 }
 
 }  // namespace lak::cpu::LAK_ISA

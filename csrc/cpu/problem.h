@@ -24,25 +24,25 @@ struct Sequence {
   int64_t prefix;                // entry of the prefix table, -1: none
 };
 
-LAK_INLINE Sequence sequence_of(const ZeroGateParams& p, int64_t b) {
-  Sequence s;
-  s.first_query = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
-  s.queries = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - s.first_query : p.seq_q;
-  s.first_key = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
-  s.keys = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - s.first_key : p.seq_k;
-  s.key_begin = p.key_start ? larger(0, p.key_start[b]) : 0;
-  s.key_end = p.key_end ? smaller(p.key_end[b], s.keys) : s.keys;
-  s.diagonal = p.is_causal ? s.key_end - s.queries : s.keys;
-  s.prefix = -1;
-  if (p.prefix_length > 0 && p.prefix_count > 0) {
-    s.prefix = p.prefix_index ? p.prefix_index[b] : p.prefix_count == 1 ? 0 : b;
+LAK_INLINE Sequence sequence_of(const ZeroGateParams& params, int64_t b) {
+  Sequence sequence;
+  sequence.first_query = params.cu_seqlens_q ? params.cu_seqlens_q[b] : 0;
+  sequence.queries = params.cu_seqlens_q ? params.cu_seqlens_q[b + 1] - sequence.first_query : params.seq_q;
+  sequence.first_key = params.cu_seqlens_k ? params.cu_seqlens_k[b] : 0;
+  sequence.keys = params.cu_seqlens_k ? params.cu_seqlens_k[b + 1] - sequence.first_key : params.seq_k;
+  sequence.key_begin = params.key_start ? larger(0, params.key_start[b]) : 0;
+  sequence.key_end = params.key_end ? smaller(params.key_end[b], sequence.keys) : sequence.keys;
+  sequence.diagonal = params.is_causal ? sequence.key_end - sequence.queries : sequence.keys;
+  sequence.prefix = -1;
+  if (params.prefix_length > 0 && params.prefix_count > 0) {
+    sequence.prefix = params.prefix_index ? params.prefix_index[b] : params.prefix_count == 1 ? 0 : b;
   }
-  return s;
+  return sequence;
 }
 
 // Keys [key_begin, visible_end) are seen by at least one of the queries up to last_query.
-LAK_INLINE int64_t visible_end(const Sequence& s, int64_t last_query) {
-  return smaller(s.key_end, last_query + s.diagonal + 1);
+LAK_INLINE int64_t visible_end(const Sequence& sequence, int64_t last_query) {
+  return smaller(sequence.key_end, last_query + sequence.diagonal + 1);
 }
 
 template <class T>
@@ -54,8 +54,8 @@ LAK_INLINE C* row_statistic(const RowView& v, int64_t b, int64_t h, int64_t row)
   return static_cast<C*>(v.data) + b * v.stride_batch + h * v.stride_head + row;
 }
 template <class C>
-LAK_INLINE C gate_of(const ZeroGateParams& p, int64_t prefix, int64_t h) {
-  return static_cast<const C*>(p.gate)[prefix * p.gate_stride_prefix + h * p.gate_stride_head];
+LAK_INLINE C gate_of(const ZeroGateParams& params, int64_t prefix, int64_t h) {
+  return static_cast<const C*>(params.gate)[prefix * params.gate_stride_prefix + h * params.gate_stride_head];
 }
 
 // Tasks are taken one by one from a shared counter, so that threads finish together however uneven causal blocks are.

@@ -186,12 +186,12 @@ struct PairProducts {
 
 // Calls f with the products for a problem.
 template <class F>
-auto with_products(const ZeroGateParams& p, const F& f) {
-  return with_storage_type(p.dtype, [&](auto type) {
+auto with_products(const ZeroGateParams& params, const F& f) {
+  return with_storage_type(params.dtype, [&](auto type) {
     using T = decltype(type);
 #if LAK_HAS_PAIRS
     if constexpr (std::is_same_v<T, BFloat16>) {
-      if (p.head_dim % 2 == 0) return f(PairProducts{});
+      if (params.head_dim % 2 == 0) return f(PairProducts{});
     }
 #endif
     return f(FloatProducts<T>{});

@@ -49,10 +49,10 @@ void with_mask_reader(const MaskView& mask, const F& f) {
   switch (mask.type) {
     case MaskType::kBool: {
       const auto* data = static_cast<const uint8_t*>(mask.data);
-      constexpr C minus_infinity = -__builtin_huge_val();
+      constexpr C kMinusInfinity = -__builtin_huge_val();
       return f([data](int64_t offset) {  // by bits: a choice between floats is not vectorised
         using Bits = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
-        const Bits bits = -static_cast<Bits>(data[offset] == 0) & __builtin_bit_cast(Bits, minus_infinity);
+        const Bits bits = -static_cast<Bits>(data[offset] == 0) & __builtin_bit_cast(Bits, kMinusInfinity);
         return __builtin_bit_cast(C, bits);
       });
     }
@@ -68,24 +68,24 @@ void with_mask_reader(const MaskView& mask, const F& f) {
 // mask is -inf (a bool mask: false), so is the score, whatever the key holds, NaN included. Lanes past the last query see nothing.
 template <class C>
 void add_mask(const MaskView& mask, int64_t b, int64_t head, int64_t q0, int64_t rows, int64_t k0, int64_t n, C* scores) {
-  constexpr int64_t lanes = kLanes<C>;
+  constexpr int64_t kLane = kLanes<C>;
   const int64_t first = b * mask.stride_batch + head * mask.stride_head + q0 * mask.stride_query + k0 * mask.stride_key;
   with_mask_reader<C>(mask, [&](const auto& read) {
-    for (int64_t m = 0; m < rows; m += lanes) {
-      for (int64_t t = 0; t < n; t += lanes) {
-        const int64_t used_rows = smaller(lanes, rows - m), used_keys = smaller(lanes, n - t);
-        const bool whole = used_keys == lanes && mask.stride_key == 1;
-        Vec<C> square[lanes];
-        for (int64_t r = 0; r < lanes; ++r) {
-          alignas(64) C line[lanes];
+    for (int64_t m = 0; m < rows; m += kLane) {
+      for (int64_t t = 0; t < n; t += kLane) {
+        const int64_t used_rows = smaller(kLane, rows - m), used_keys = smaller(kLane, n - t);
+        const bool whole = used_keys == kLane && mask.stride_key == 1;
+        Vec<C> square[kLane];
+        for (int64_t r = 0; r < kLane; ++r) {
+          alignas(64) C line[kLane];
           const int64_t offset = first + (m + r) * mask.stride_query + t * mask.stride_key;
           if (whole && r < used_rows) {
-            for (int64_t i = 0; i < lanes; ++i) line[i] = read(offset + i);
+            for (int64_t i = 0; i < kLane; ++i) line[i] = read(offset + i);
           } else if (r < used_rows) {
             for (int64_t i = 0; i < used_keys; ++i) line[i] = read(offset + i * mask.stride_key);
-            for (int64_t i = used_keys; i < lanes; ++i) line[i] = 0;
+            for (int64_t i = used_keys; i < kLane; ++i) line[i] = 0;
           } else {
-            for (int64_t i = 0; i < lanes; ++i) line[i] = -__builtin_huge_val();
+            for (int64_t i = 0; i < kLane; ++i) line[i] = -__builtin_huge_val();
           }
           square[r] = load(line);
         }

@@ -31,12 +31,12 @@ inline constexpr int kVectorBytes = 16;
 #define LAK_INLINE inline __attribute__((always_inline))
 #define LAK_INLINE_LAMBDA __attribute__((always_inline))
 
-// f(0), ..., f(N - 1) with constants. An array of vectors indexed by nothing but constants lives in registers from end to
+// f(0), ..., f(kCount - 1) with constants. An array of vectors indexed by nothing but constants lives in registers from end to
 // end; indexed by a loop's counter it is stored before the loop and after it, even where the compiler unrolls that loop.
-template <int N, class F>
+template <int kCount, class F>
 LAK_INLINE void unrolled(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>)
-      LAK_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+      LAK_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, kCount>{});
 }
 
 template <class C>

@@ -116,15 +116,15 @@ LAK_INLINE Vec<float> load_wide(const Float16* p) {
 // 2 kLanes consecutive elements are a pair of vectors, in the order that costs least: bfloat16 by even and odd places (one shift
 // or one mask of a whole vector of storage), everything else as it comes. Sums over all elements need no order; place_in_pair
 // tells where in the pair element i is.
-template <int HALF, class T>
+template <int kHalf, class T>
 LAK_INLINE auto load_half(const T* pair) {
-  return load_wide(pair + HALF * sizeof(load_wide(pair)) / sizeof(load_wide(pair)[0]));
+  return load_wide(pair + kHalf * sizeof(load_wide(pair)) / sizeof(load_wide(pair)[0]));
 }
-template <int HALF>
+template <int kHalf>
 LAK_INLINE Vec<float> load_half(const BFloat16* pair) {
   using Unaligned = int32_t __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
   const IntVec<float> both = *reinterpret_cast<const Unaligned*>(pair);
-  return (Vec<float>)(HALF == 0 ? both << 16 : both & int32_t(0xffff0000));
+  return (Vec<float>)(kHalf == 0 ? both << 16 : both & int32_t(0xffff0000));
 }
 template <class T, class C>
 constexpr int64_t place_in_pair(int64_t i) {

@@ -19,48 +19,48 @@ inline constexpr int kTileVecs = 4;
 inline constexpr int kTileVecs = 2;
 #endif
 
-// out[r][0 .. VECS) = sum_k a[r * lda + k] * b[k * ldb + ..]: rows of a are broadcast along k, b is read as vectors.
-template <class C, int ROWS, int VECS>
+// out[r][0 .. kVecs) = sum_k a[r * lda + k] * b[k * ldb + ..]: rows of a are broadcast along k, b is read as vectors.
+template <class C, int kRows, int kVecs>
 struct RowByColumns {
   static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth, C* __restrict out,
                   int64_t ldo, bool add) {
-    Vec<C> sum[ROWS * VECS];
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    Vec<C> sum[kRows * kVecs];
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
-      Vec<C> column[VECS];
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+      Vec<C> column[kVecs];
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
+      unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
         const Vec<C> x = broadcast(a[r * lda + k]);
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] += x * column[v]; });
+        unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { sum[r * kVecs + v] += x * column[v]; });
       });
     }
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA {
-      C* to = out + i / VECS * ldo + i % VECS * kLanes<C>;
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA {
+      C* to = out + i / kVecs * ldo + i % kVecs * kLanes<C>;
       store(to, add ? load(to) + sum[i] : sum[i]);
     });
   }
 };
 
-// out[r][0 .. VECS) = rescale[r] * out + sum_k a[k * lda + r] * b[k * ldb + ..]: columns of a are broadcast.
-template <class C, int ROWS, int VECS>
+// out[r][0 .. kVecs) = rescale[r] * out + sum_k a[k * lda + r] * b[k * ldb + ..]: columns of a are broadcast.
+template <class C, int kRows, int kVecs>
 struct ColumnByColumns {
   static void run(const C* __restrict a, int64_t lda, const C* __restrict b, int64_t ldb, int64_t depth, C* __restrict out,
                   int64_t ldo, const C* rescale) {
-    Vec<C> sum[ROWS * VECS];
-    unrolled<ROWS * VECS>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
+    Vec<C> sum[kRows * kVecs];
+    unrolled<kRows * kVecs>([&](auto i) LAK_INLINE_LAMBDA { sum[i] = Vec<C>{}; });
     for (int64_t k = 0; k < depth; ++k) {
-      Vec<C> column[VECS];
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
-      unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+      Vec<C> column[kVecs];
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { column[v] = load(b + k * ldb + v * kLanes<C>); });
+      unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
         const Vec<C> x = broadcast(a[k * lda + r]);
-        unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA { sum[r * VECS + v] += x * column[v]; });
+        unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA { sum[r * kVecs + v] += x * column[v]; });
       });
     }
-    unrolled<ROWS>([&](auto r) LAK_INLINE_LAMBDA {
+    unrolled<kRows>([&](auto r) LAK_INLINE_LAMBDA {
       const Vec<C> factor = broadcast(rescale ? rescale[r] : C(1));
-      unrolled<VECS>([&](auto v) LAK_INLINE_LAMBDA {
+      unrolled<kVecs>([&](auto v) LAK_INLINE_LAMBDA {
         C* to = out + r * ldo + v * kLanes<C>;
-        store(to, load(to) * factor + sum[r * VECS + v]);
+        store(to, load(to) * factor + sum[r * kVecs + v]);
       });
     });
   }
@@ -72,15 +72,15 @@ template <class C>
 using TileFunctionScale = void (*)(const C*, int64_t, const C*, int64_t, int64_t, C*, int64_t, const C*);
 
 // The instantiation for `rows` x `vecs`, both at least 1 and at most the tile's.
-template <template <class, int, int> class Tile, class C, int ROWS = kTileRows, int VECS = kTileVecs>
+template <template <class, int, int> class Tile, class C, int kRows = kTileRows, int kVecs = kTileVecs>
 LAK_INLINE auto tile_function(int64_t rows, int64_t vecs) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) return tile_function<Tile, C, ROWS - 1, VECS>(rows, vecs);
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_function<Tile, C, kRows - 1, kVecs>(rows, vecs);
   }
-  if constexpr (VECS > 1) {
-    if (vecs < VECS) return tile_function<Tile, C, ROWS, VECS - 1>(rows, vecs);
+  if constexpr (kVecs > 1) {
+    if (vecs < kVecs) return tile_function<Tile, C, kRows, kVecs - 1>(rows, vecs);
   }
-  return &Tile<C, ROWS, VECS>::run;
+  return &Tile<C, kRows, kVecs>::run;
 }
 
 // out[rows][columns] (+)= a[rows][depth] b[depth][columns]; columns are padded to whole vectors in b and out.
@@ -101,16 +101,16 @@ void multiply(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t rows, in
 template <class C>
 LAK_INLINE void transpose_square(Vec<C> (&rows)[kLanes<C>]) {
   using I = IntVec<C>;
-  constexpr int lanes = kLanes<C>;
+  constexpr int kLane = kLanes<C>;
 #pragma GCC unroll 4
-  for (int half = 1; half < lanes; half *= 2) {
+  for (int half = 1; half < kLane; half *= 2) {
     I low{}, high{};
-    for (int lane = 0; lane < lanes; ++lane) {  // lane >= lanes selects from the second operand
-      low[lane] = lane & half ? lane - half + lanes : lane;
-      high[lane] = lane & half ? lane + lanes : lane + half;
+    for (int lane = 0; lane < kLane; ++lane) {  // lane >= lanes selects from the second operand
+      low[lane] = lane & half ? lane - half + kLane : lane;
+      high[lane] = lane & half ? lane + kLane : lane + half;
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < lanes; ++r) {
+    for (int r = 0; r < kLane; ++r) {
       if (r & half) continue;
       const Vec<C> a = rows[r], b = rows[r + half];
       rows[r] = __builtin_shuffle(a, b, low);
@@ -122,19 +122,19 @@ LAK_INLINE void transpose_square(Vec<C> (&rows)[kLanes<C>]) {
 // to[d][r] = factor * from[r][d] for r < rows, 0 for rows <= r < padded_rows (a multiple of the vector length).
 template <class T, class C>
 void transpose(const T* from, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, C factor, C* to, int64_t ldt) {
-  constexpr int64_t lanes = kLanes<C>;
-  for (int64_t r0 = 0; r0 < padded_rows; r0 += lanes) {
+  constexpr int64_t kLane = kLanes<C>;
+  for (int64_t r0 = 0; r0 < padded_rows; r0 += kLane) {
     int64_t d = 0;
-    if (r0 + lanes <= rows) {
-      for (; d + lanes <= depth; d += lanes) {
-        Vec<C> block[lanes];
-        for (int64_t r = 0; r < lanes; ++r) block[r] = load_wide(from + (r0 + r) * stride + d) * broadcast(factor);
+    if (r0 + kLane <= rows) {
+      for (; d + kLane <= depth; d += kLane) {
+        Vec<C> block[kLane];
+        for (int64_t r = 0; r < kLane; ++r) block[r] = load_wide(from + (r0 + r) * stride + d) * broadcast(factor);
         transpose_square<C>(block);
-        for (int64_t i = 0; i < lanes; ++i) store(to + (d + i) * ldt + r0, block[i]);
+        for (int64_t i = 0; i < kLane; ++i) store(to + (d + i) * ldt + r0, block[i]);
       }
     }
     for (; d < depth; ++d) {
-      for (int64_t r = 0; r < lanes; ++r) {
+      for (int64_t r = 0; r < kLane; ++r) {
         to[d * ldt + r0 + r] = r0 + r < rows ? factor * static_cast<C>(widen(from[(r0 + r) * stride + d])) : C(0);
       }
     }
@@ -150,9 +150,9 @@ struct Rows {
 
 template <class T, class C>
 LAK_INLINE void widen_row(const T* from, int64_t depth, int64_t padded, C* to) {
-  constexpr int64_t lanes = kLanes<C>;
+  constexpr int64_t kLane = kLanes<C>;
   int64_t d = 0;
-  for (; d + lanes <= depth; d += lanes) store(to + d, load_wide(from + d));
+  for (; d + kLane <= depth; d += kLane) store(to + d, load_wide(from + d));
   for (; d < padded; ++d) to[d] = d < depth ? static_cast<C>(widen(from[d])) : C(0);
 }
 
@@ -168,9 +168,9 @@ Rows<T, C> dense_rows(const T* from, int64_t stride, int64_t rows, int64_t depth
 
 template <class T, class C>
 LAK_INLINE void narrow_row(const C* from, C factor, int64_t depth, T* to) {
-  constexpr int64_t lanes = kLanes<C>;
+  constexpr int64_t kLane = kLanes<C>;
   int64_t d = 0;
-  for (; d + lanes <= depth; d += lanes) store_narrow(to + d, load(from + d) * broadcast(factor));
+  for (; d + kLane <= depth; d += kLane) store_narrow(to + d, load(from + d) * broadcast(factor));
   for (; d < depth; ++d) narrow(from[d] * factor, to[d]);
 }
 

@@ -27,10 +27,10 @@ enum class Pass { kForward, kBackward, kDecode };
 // tensor gives one too and the projection after it needs no copy.
 inline Tensor new_output(const OpArguments& arguments) { return torch::stable::empty_like(arguments.query); }
 
-inline Tensor new_logsumexp(const OpArguments& arguments, const ZeroGateParams& p) {
+inline Tensor new_logsumexp(const OpArguments& arguments, const ZeroGateParams& params) {
   const auto type = accumulator_type(arguments.query);
-  if (arguments.packed()) return torch::stable::new_empty(arguments.query, {p.heads_q, p.total_q}, type);
-  return torch::stable::new_empty(arguments.query, {p.batch, p.heads_q, p.seq_q}, type);
+  if (arguments.packed()) return torch::stable::new_empty(arguments.query, {params.heads_q, params.total_q}, type);
+  return torch::stable::new_empty(arguments.query, {params.batch, params.heads_q, params.seq_q}, type);
 }
 
 // Scratch memory from torch's allocator, which aligns it to 64 bytes on a CPU and to 512 on a GPU.
@@ -42,19 +42,19 @@ inline TensorMemory tensor_memory(const Tensor& query, int64_t bytes) {
   return {torch::stable::new_empty(query, {bytes}, ScalarType::Byte)};
 }
 
-inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& p, const Tensor& doutput, const Tensor& output,
-                                  const Tensor& logsumexp) {
+inline void check_backward_inputs(const OpArguments& a, const ZeroGateParams& params, const Tensor& doutput,
+                                  const Tensor& output, const Tensor& logsumexp) {
   const auto check_as_query = [&](const Tensor& tensor, const char* name) {
     check_like(tensor, name, a.query);
-    if (a.packed()) check_shape(tensor, name, {p.total_q, p.heads_q, p.head_dim});
-    else check_shape(tensor, name, {p.batch, p.heads_q, p.seq_q, p.head_dim});
+    if (a.packed()) check_shape(tensor, name, {params.total_q, params.heads_q, params.head_dim});
+    else check_shape(tensor, name, {params.batch, params.heads_q, params.seq_q, params.head_dim});
   };
   check_as_query(doutput, "doutput");
   check_as_query(output, "output");
   LAK_CHECK(logsumexp.scalar_type() == accumulator_type(a.query) && logsumexp.device() == a.query.device(),
             "logsumexp: expected what forward returned");
-  if (a.packed()) check_shape(logsumexp, "logsumexp", {p.heads_q, p.total_q});
-  else check_shape(logsumexp, "logsumexp", {p.batch, p.heads_q, p.seq_q});
+  if (a.packed()) check_shape(logsumexp, "logsumexp", {params.heads_q, params.total_q});
+  else check_shape(logsumexp, "logsumexp", {params.batch, params.heads_q, params.seq_q});
   LAK_CHECK(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor");
 }
 
@@ -63,7 +63,7 @@ struct Gradients {
 };
 
 // Gradients nobody asked for are empty tensors of shape [0].
-inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& p, bool need_dquery, bool need_dkey_dvalue,
+inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& params, bool need_dquery, bool need_dkey_dvalue,
                                bool need_dprefix) {
   const auto absent = [&](const Tensor& like) { return torch::stable::new_empty(like, {0}, like.scalar_type()); };
   const auto like = [&](bool needed, const Tensor& tensor) {
@@ -75,16 +75,17 @@ inline Gradients new_gradients(const OpArguments& a, ZeroGateParams& p, bool nee
               like(need_dkey_dvalue, a.value),
               prefix ? torch::stable::empty_like(*a.prefix_key) : absent(a.query),
               prefix ? torch::stable::empty_like(*a.prefix_value) : absent(a.query),
-              prefix ? torch::stable::new_empty(*a.gate, {p.prefix_count, p.heads_q}, a.gate->scalar_type()) : absent(a.query)};
-  if (need_dquery) p.dquery = view_of(g.query);
+              prefix ? torch::stable::new_empty(*a.gate, {params.prefix_count, params.heads_q}, a.gate->scalar_type())
+                     : absent(a.query)};
+  if (need_dquery) params.dquery = view_of(g.query);
   if (need_dkey_dvalue) {
-    p.dkey = view_of(g.key);
-    p.dvalue = view_of(g.value);
+    params.dkey = view_of(g.key);
+    params.dvalue = view_of(g.value);
   }
   if (prefix) {
-    p.dprefix_key = view_of(g.prefix_key);
-    p.dprefix_value = view_of(g.prefix_value);
-    p.dgate = g.gate.data_ptr();
+    params.dprefix_key = view_of(g.prefix_key);
+    params.dprefix_value = view_of(g.prefix_value);
+    params.dgate = g.gate.data_ptr();
   }
   return g;
 }

@@ -79,18 +79,19 @@ MUTANTS = [
         "const C inverse = sum == 0 ? C(0) : C(1) / sum;",
         "const C inverse = C(1) / sum;",
     ),
-    decode("gate forgotten", "gate / sum_of(s.prefix, row), out", "C(1) / sum_of(s.prefix, row), out"),
-    decode("prefix not normalised", "gate / sum_of(s.prefix, row), out", "gate, out"),
+    decode("gate forgotten", "gate / sum_of(scratch.prefix, row), out", "C(1) / sum_of(scratch.prefix, row), out"),
+    decode("prefix not normalised", "gate / sum_of(scratch.prefix, row), out", "gate, out"),
     decode(
         "causal limit off by one",
         "begin, end, seq.diagonal + 1, state);",
         "begin, end, seq.diagonal + 2, state);",
     ),
-    decode("hidden keys keep their scores", "step.scores[t * count + r] = kMinusInfinity;", "(void)t;"),
+    decode("hidden keys keep their scores", "step.scores[t * kCount + r] = kMinusInfinity;", "(void)t;"),
     decode("softmax's tail is not hidden", "i < end; ++i) scores[i] = kMinusInfinity;", "i < end; ++i) scores[i] = 0;"),
     decode("sum not rescaled between tiles", "load(sum_so_far) * shrinking_by + sum[0]", "load(sum_so_far) + sum[0]"),
-    decode("accumulator not rescaled", "load(to) * broadcast(rescale[i / vecs]) + sum[i]", "load(to) + sum[i]"),
-    decode("scale forgotten", "to[d] *= static_cast<C>(p.scale);", "to[d] *= C(1);"),
+    decode("accumulator not rescaled", "load(to) * broadcast(rescale[i / kVecs]) + sum[i]", "load(to) + sum[i]"),
+    decode("scale forgotten", "to[d] *= static_cast<C>(params.scale);", "to[d] *= C(1);"),
+    decode("the last range is lost", "count = larger(1, (seen + keys - 1) / keys);", "count = larger(1, seen / keys);"),
     decode(
         "window's start ignored",
         "Ranges(const Sequence& seq, int64_t rows) : begin(seq.key_begin)",
@@ -98,33 +99,33 @@ MUTANTS = [
     ),
     forward("window's start ignored", "for (int64_t k0 = seq.key_begin; k0 < end;", "for (int64_t k0 = 0; k0 < end;"),
     forward("diagonal not masked", "sees<C>(m, t, hidden) ? load(row) : broadcast(kMinusInfinity)", "load(row)"),
-    forward("mask not added", "if (p.mask.type != MaskType::kNone) add_mask", "if (false) add_mask"),
+    forward("mask not added", "if (params.mask.type != MaskType::kNone) add_mask", "if (false) add_mask"),
     forward(
         "old sum not rescaled",
-        "total[v] = load(s.sum + m + v * kLane) * rescale;",
-        "total[v] = load(s.sum + m + v * kLane);",
+        "total[v] = load(scratch.sum + m + v * kLane) * rescale;",
+        "total[v] = load(scratch.sum + m + v * kLane);",
     ),
     forward(
         "gate's sign",
-        "broadcast(gate) * load(sum + m) / load(s.sum + m)",
-        "-broadcast(gate) * load(sum + m) / load(s.sum + m)",
+        "broadcast(gate) * load(sum + m) / load(scratch.sum + m)",
+        "-broadcast(gate) * load(sum + m) / load(scratch.sum + m)",
     ),
     forward(
-        "prefix not normalised", "broadcast(gate) * load(sum + m) / load(s.sum + m)", "broadcast(gate) * load(sum + m)"
+        "prefix not normalised", "broadcast(gate) * load(sum + m) / load(scratch.sum + m)", "broadcast(gate) * load(sum + m)"
     ),
     forward(
         "words' sum not in the prefix's weight",
-        "broadcast(gate) * load(sum + m) / load(s.sum + m)",
-        "broadcast(gate) / load(s.sum + m)",
+        "broadcast(gate) * load(sum + m) / load(scratch.sum + m)",
+        "broadcast(gate) / load(scratch.sum + m)",
     ),
-    forward("a row without keys has no prefix", "sum[m] = s.sum[m] == 0 ? C(1) : s.sum[m];", "sum[m] = s.sum[m];"),
+    forward("a row without keys has no prefix", "sum[m] = scratch.sum[m] == 0 ? C(1) : scratch.sum[m];", "sum[m] = scratch.sum[m];"),
     forward(
         "log-sum-exp without its maximum",
-        "static_cast<C>(s.maximum[m] + __builtin_log",
-        "static_cast<C>(0 * s.maximum[m] + __builtin_log",
+        "static_cast<C>(scratch.maximum[m] + __builtin_log",
+        "static_cast<C>(0 * scratch.maximum[m] + __builtin_log",
     ),
     forward(
-        "log-sum-exp of a row without keys", "out[m] = s.sum[m] == 0 ? kMinusInfinity", "out[m] = s.sum[m] == 0 ? C(0)"
+        "log-sum-exp of a row without keys", "out[m] = scratch.sum[m] == 0 ? kMinusInfinity", "out[m] = scratch.sum[m] == 0 ? C(0)"
     ),
     forward(
         "later prefix blocks lose their maximum",
@@ -138,8 +139,8 @@ MUTANTS = [
     ),
     backward(
         "delta forgotten",
-        "load(s.scores + t * kBlockQueries + m) * (load(d_at) - delta)",
-        "load(s.scores + t * kBlockQueries + m) * load(d_at)",
+        "load(scratch.scores + t * kBlockQueries + m) * (load(d_at) - delta)",
+        "load(scratch.scores + t * kBlockQueries + m) * load(d_at)",
     ),
     backward(
         "only the first block's D_w is exact",
@@ -149,7 +150,7 @@ MUTANTS = [
     ),
     backward(
         "every block's own D_w",
-        "if (!all_here) take_block &= apart * apart <= load(s.squared_noise + q0 + m);",
+        "if (!all_here) take_block &= apart * apart <= load(scratch.squared_noise + q0 + m);",
         "take_block |= sums.p > C(0);",
     ),
     backward(
@@ -158,7 +159,7 @@ MUTANTS = [
         "",
         tests=SCALES,
     ),
-    backward("gate's part stays in D_w", "load(s.delta + first + m) - in_output", "load(s.delta + first + m)"),
+    backward("gate's part stays in D_w", "load(scratch.delta + first + m) - in_output", "load(scratch.delta + first + m)"),
     backward(
         "the prefix's dS without D_p",
         "store(d_at, probability * (load(d_at) - d_prefix));",
@@ -170,7 +171,7 @@ MUTANTS = [
         "narrow_row(dquery + i * padded_depth, scale, depth,",
         "narrow_row(dquery + i * padded_depth, C(1), depth,",
     ),
-    backward("dK without scale", "narrow_row(s.dkeys + from, scale, depth,", "narrow_row(s.dkeys + from, C(1), depth,"),
+    backward("dK without scale", "narrow_row(scratch.dkeys + from, scale, depth,", "narrow_row(scratch.dkeys + from, C(1), depth,"),
     backward(
         "keys outside of the window are not written",
         "narrow(C(0), dkey[d]), narrow(C(0), dvalue[d]);",
@@ -178,8 +179,8 @@ MUTANTS = [
     ),
     backward(
         "rows that see nothing",
-        "s.logsumexp[i] = sees_keys ? saved[i] : C(__builtin_huge_val());",
-        "s.logsumexp[i] = i < seq.queries ? saved[i] : C(0);",
+        "scratch.logsumexp[i] = sees_keys ? saved[i] : C(__builtin_huge_val());",
+        "scratch.logsumexp[i] = i < seq.queries ? saved[i] : C(0);",
     ),
     backward(
         "the first split's dQ alone",
@@ -193,7 +194,7 @@ MUTANTS = [
     ),
     backward(
         "entries of the prefix table are mixed up",
-        "if (sequence_of(p, b).prefix != entry) continue;",
+        "if (sequence_of(params, b).prefix != entry) continue;",
         "if (false) continue;",
     ),
     Mutant(
