@@ -35,7 +35,9 @@ class Tile(NamedTuple):
 # 16-bit elements: card, phase, then the head_dim up to which the entry serves. Numbers that surprise:
 # - sm80, backward_keys: 32 query rows, because with 64 the two score tiles spill inside the loop.
 # - sm86 differs from sm80 only where sm80's tile does not fit 99 KiB.
-# - sm90 and sm100, backward_keys: 128 keys per block, so that a matrix instruction has its 64 rows per warp group.
+# - sm90, up to head_dim 128: chosen by a race on an H200 (README.md). Two small blocks on a multiprocessor, each with
+#   barriers of its own, were faster there than one large one.
+# - sm100, backward_keys: 128 keys per block, so that a matrix instruction has its 64 rows per warp group.
 # - sm100, head_dim 128: narrower than sm90, because scores pass through registers on their way from tensor memory.
 # - decode: 16 rows, the least a matrix instruction takes; queries are few, and the stages keep the cache coming.
 _DECODE = {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)}
@@ -56,9 +58,9 @@ _HALF: dict[str, dict[str, dict[int, Tile]]] = {
         "decode": _DECODE,
     },
     "sm90": {
-        "forward": {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-        "backward_keys": {128: Tile(64, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
-        "backward_queries": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 4), 256: Tile(128, 64, 8, 2)},
+        "backward_keys": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(16, 64, 8, 2)},
+        "backward_queries": {64: Tile(64, 128, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
         "backward_rows": _PREFIX,
         "decode": _DECODE,
     },

@@ -21,9 +21,13 @@ WITHOUT_MATRICES = ("decode_combine_kernel", "backward_sums_kernel", "zero_tail_
 # Head_dim 256 on mma.sync cards: the accumulator changes its layout once, for the prefix.
 STACK = 256
 STACK_OF = {("sm80", 256, "forward_kernel"): 1024, ("sm86", 256, "forward_kernel"): 1024}
-# float32 at head_dim 256 has one reload in the forward loop, beside 2590 multiply-adds. Owners of keys at head_dim 64 reload
-# two words on sm_90, and do so with half as many keys for the owners of queries as well.
-SPILLS_OF = {(torch.float32, 256, "forward_kernel"): 1, (torch.bfloat16, 64, "backward_words_kernel"): 2}
+# float32 at head_dim 256 has one reload in the forward loop, beside 2590 multiply-adds. The sm_90 tiles of the backward pass
+# won their race on an H200 with what they reload (README.md).
+SPILLS_OF = {
+    **{(card, torch.float32, 256, "forward_kernel"): 1 for card in ("sm80", "sm86", "sm90", "sm100")},
+    ("sm90", torch.bfloat16, 128, "backward_words_kernel"): 33,
+    ("sm90", torch.bfloat16, 64, "backward_words_kernel"): 78,
+}
 
 ALL_TILES = os.environ.get("LAK_TEST_ALL_TILES") == "1"
 BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
@@ -52,7 +56,7 @@ def test_tuning_table(compiled_here: RunInChild, card: str, dtype: torch.dtype, 
     from tests.support import ahead_of_time
 
     for report in compiled_here(ahead_of_time.compile_for, card, dtype, head_dim, pass_name):
-        assert report.spills_in_loops <= SPILLS_OF.get((dtype, head_dim, report.kernel), 0), report
+        assert report.spills_in_loops <= SPILLS_OF.get((card, dtype, head_dim, report.kernel), 0), report
         assert report.stack <= STACK_OF.get((card, head_dim, report.kernel), STACK), report
         assert report.shared <= SHARED_MEMORY_KIB[card] * 1024, report
         if report.kernel in WITHOUT_MATRICES:
