@@ -185,6 +185,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (ImportError, UserError):  # a package is missing, and the command line says which
         raise
+    # Broad on purpose: the readers are other people's, and the traceback goes to the debug log.
     except Exception as error:
         log.debug("loading %s", name, exc_info=True)
         said = hub.why(error) if hub.is_hub_name(name) else " ".join(str(error).split())

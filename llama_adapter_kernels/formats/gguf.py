@@ -72,7 +72,9 @@ def _load(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=dtype, output_loading_info=True
         )
-    except Exception as error:  # whatever the readers raise at bytes that they do not understand
+    # Broad on purpose: transformers and gguf raise whatever their parsers stumble over (IndexError, struct.error, KeyError,
+    # errors of their own), and nothing else happens inside. The message keeps the kind, and the traceback its cause.
+    except Exception as error:
         raise ValueError(f"{source}: transformers cannot read it ({type(error).__name__}: {clip(error)})") from error
     missing = [key for kind in ("missing_keys", "mismatched_keys") for key in found[kind]]
     if missing:

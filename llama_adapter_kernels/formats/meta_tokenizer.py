@@ -36,6 +36,7 @@ def _from_sentencepiece(path: Path, content: bytes) -> Any:
 
     The conversion in transformers orders them by id, which differs for runs of spaces, as its own marking of spaces does.
     """
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ def _from_sentencepiece(path: Path, content: bytes) -> Any:
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(content)
-    except Exception as error:  # protobuf's DecodeError has no public home that every release agrees on
+    except DecodeError as error:
         raise ValueError(f"{path}: expected a sentencepiece model ({clip(error)})") from error
     pieces = [piece.piece for piece in model.pieces]
     if len(pieces) < 3 or len(set(pieces)) != len(pieces) or model.trainer_spec.model_type != 2:

@@ -69,7 +69,9 @@ class TorchFile:
             self.content = _Inspector(content, root, self._records).load()
         except _RefusedError as error:
             raise ValueError(f"{path}: {error}") from None
-        except Exception as error:  # whatever a parser raises at bytes made to confuse it
+        # Broad on purpose: whoever made the bytes chooses where zipfile and pickle stumble, and so what they raise
+        # (KeyError, struct.error, RecursionError). Nothing but reading happens inside: each is the file's fault.
+        except Exception as error:
             raise ValueError(
                 f"{path}: expected a file of torch.save ({type(error).__name__}: {clip(error)})"
             ) from error
@@ -91,7 +93,8 @@ class TorchFile:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             mapped = {name: _at(loaded, place)[name] for name in names}
-        except Exception as error:  # torch reads parts of the archive that zipfile takes no notice of
+        # Broad on purpose, as above: torch reads parts of the archive that zipfile takes no notice of.
+        except Exception as error:
             raise ValueError(f"{self.path}: damaged ({type(error).__name__}: {clip(error)})") from error
         copies = {}
         for name in names:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from llama_adapter_kernels.ops import cuda_library, registration
+from llama_adapter_kernels.ops.order import CUDA_ERRORS
 
 # By (backend, index of the device): why not, or None.
 _settled: dict[tuple[str, int], str | None] = {}
@@ -42,7 +43,7 @@ def _cuda_problem(device: torch.device) -> str | None:
     try:
         torch.cuda.init()
         count = torch.cuda.device_count()
-    except Exception as error:  # no driver, a driver too old for torch, no device, a forked child: torch says which
+    except CUDA_ERRORS as error:  # no driver, a driver too old for torch, no device, a forked child: torch says which
         return _first_sentence(error)
     if count == 0:
         return "there is no CUDA device here"
@@ -60,7 +61,7 @@ def _cuda_reason(device: torch.device) -> str | None:
         try:
             with torch.cuda.device(index):  # gives the device back without a context on it, if it had none
                 reason, can_change = cuda_library.probe()
-        except Exception as error:  # torch could not make a context there
+        except CUDA_ERRORS as error:  # torch could not make a context there
             reason, can_change = _first_sentence(error), True
         if reason is not None:
             reason = f"{_name(index)}: {reason}"
@@ -84,7 +85,7 @@ def _triton_reason(device: torch.device) -> str | None:
 def _name(index: int) -> str:
     try:
         properties = torch.cuda.get_device_properties(index)
-    except Exception:
+    except CUDA_ERRORS:
         return f"cuda:{index}"
     return f"{properties.name} (compute capability {properties.major}.{properties.minor})"
 

@@ -24,6 +24,9 @@ import torch
 Pass = Literal["forward", "backward", "decode"]  # backward: forward and backward, a training step
 PASSES: tuple[Pass, ...] = ("forward", "backward", "decode")
 GPU_BACKENDS = ("cuda", "triton")
+# What torch.cuda raises where there is no driver, no device, a fork or a broken context: its C part RuntimeError, its
+# Python part AssertionError, and for calls that waited for the first use of a device an exception of its own.
+CUDA_ERRORS = (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError)
 RECORD = Path(__file__).parent / "order.json"
 FORMAT, VERSION = "llama-adapter-kernels backend order", 1
 
@@ -119,7 +122,7 @@ def _on_this_card(device: torch.device, pass_name: Pass, dtype: torch.dtype, hea
 def _for_device(device: torch.device, pass_name: Pass, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
     try:
         capability = torch.cuda.get_device_capability(device)
-    except Exception:  # no driver, no device: neither is available, and the order does not matter
+    except CUDA_ERRORS:  # neither backend is available, and the order does not matter
         return GPU_BACKENDS
     return backends_for(capability, pass_name, dtype, head_dim)
 

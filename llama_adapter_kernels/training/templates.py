@@ -95,7 +95,8 @@ class ChatTemplate:
         messages = [turn._asdict() for turn in turns]
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except Exception as error:  # whatever the template's author raises about roles and their order
+        # Broad on purpose: a template is a program of the tokenizer's author, and raises what it likes about roles.
+        except Exception as error:
             said = " ".join(str(error).split())[:200]
             raise TemplateProblem(f"the tokenizer's chat template refuses it: {said}") from error
         return text
