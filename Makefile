@@ -38,7 +38,8 @@ $(VENV)/senses.stamp: $(VENV)/cpu.stamp
 	touch $@
 
 # timm gets a folder of its own, which its tests put on their path: it imports torchvision, whose releases for this torch need
-# CUDA. The Python part of an older release works without, but other libraries must not find it.
+# CUDA. The Python part of an older release works without, but other libraries must not find it. So do the libraries that
+# quantise weights, which transformers would import at every start.
 $(VENV)/environment.stamp: $(VENV)/run.stamp
 	@echo "Setting up $(VENV): what tests, benchmarks and linters need"
 	$(PIP) pybind11 triton pyarrow pillow soundfile soxr scikit-learn sacrebleu rouge-score nltk pycocoevalcap bert-score tensorboard trl \
@@ -46,6 +47,8 @@ $(VENV)/environment.stamp: $(VENV)/run.stamp
 	$(PIP) --no-deps litgpt lightning lightning-utilities torchmetrics
 	$(PIP) --no-deps --target $(VENV)/timm --upgrade timm torchvision requests urllib3 charset-normalizer || \
 	    echo "timm could not be installed; the tests of its models will say so"
+	$(PIP) --no-deps --target $(VENV)/quantised --upgrade bitsandbytes torchao hqq termcolor || \
+	    echo "what quantises weights could not be installed; the tests of quantised models will say so"
 	touch $@
 
 # Ninja shows its progress, which pip would hide; pip then finds everything compiled.

@@ -14,7 +14,7 @@ from llama_adapter_kernels.formats import peft
 from llama_adapter_kernels.formats.checking import check_state, check_tuned
 from llama_adapter_kernels.formats.reading import Choices
 from llama_adapter_kernels.formats.registry import read_adapter, tell
-from llama_adapter_kernels.integrations import freezing, hooks, tuning
+from llama_adapter_kernels.integrations import freezing, hooks, quantised, tuning
 from llama_adapter_kernels.integrations.adapter import ZeroGateAdapter
 from llama_adapter_kernels.integrations.attachment import ATTRIBUTE, Attachment
 from llama_adapter_kernels.integrations.choosing import attachment_of
@@ -223,6 +223,7 @@ def _connect(target: Target, trainable: Sequence[str] | None) -> Attachment:
         if target.config is not None:
             undo += connect.connect(target)
             undo += methods.exchange(target)
+        undo += quantised.keep_layout(target.outer)
         undo.append(partial(hooks.remove, target.stem))
         hooks.register(target.stem, attachment.keywords)
     except BaseException:

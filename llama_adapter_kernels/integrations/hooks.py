@@ -42,6 +42,7 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         attachment.check(module, kwargs)
     if module.training and attachment.expects_training:
         _warn_if_frozen(attachment)
+        _refuse_offloaded(attachment)
     past = kwargs.get("past_key_values")
     routing = attachment.routing(module, past, 0 if past is None else new_tokens(args, kwargs))
     if attachment.keywords:
@@ -70,3 +71,17 @@ def _warn_if_frozen(attachment: Attachment) -> None:
         f"lak.set_adapter(model, {name!r}) lets it train; with trainable=False it stays frozen without this warning",
         stacklevel=2,
     )
+
+
+def _refuse_offloaded(attachment: Attachment) -> None:
+    """Offloaded parameters are copied for every forward pass: the copies would get the gradients, and nobody else.
+
+    Raises:
+        ValueError: the active adapter's are.
+    """
+    name = attachment.active
+    if name is not None and torch.is_grad_enabled() and any(p.is_meta for p in attachment.adapters[name].parameters()):
+        raise ValueError(
+            f"adapter {name!r}: its parameters were offloaded, where no gradient reaches them; to train it, offload the "
+            "model first and attach the adapter then"
+        )

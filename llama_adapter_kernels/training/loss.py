@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import unwrap_model
 
 from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITIONING
+from llama_adapter_kernels.integrations.target import execution_device
 from llama_adapter_kernels.training.packing import live_positions
 
 # Logits of one chunk, in bytes: on a CPU they stay near the caches, on a GPU the products fill the device.
@@ -80,7 +81,7 @@ def separate_head(model: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def _logits_are_of(model: Any, head: nn.Module) -> bool:
-    tokens = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    tokens = torch.arange(4, device=execution_device(model.get_input_embeddings()))[None]  # weights may be elsewhere
     logits = model(input_ids=tokens, use_cache=False).logits
     with _passed_through(head):
         hidden = model(input_ids=tokens, use_cache=False).logits

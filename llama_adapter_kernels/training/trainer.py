@@ -15,6 +15,7 @@ from transformers.modeling_utils import unwrap_model
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITIONING
+from llama_adapter_kernels.integrations.quantised import counts_as_adapted
 from llama_adapter_kernels.training.callbacks import LossProgress, RunningLoss
 from llama_adapter_kernels.training.checkpoints import (
     CHECKPOINT,
@@ -112,7 +113,8 @@ class AdapterTrainer(Trainer):
         autocast: bool = False,
         **more: Any,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
+        with counts_as_adapted(model):
+            super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_only_item, **more)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress())
         self.running_loss = RunningLoss(self)

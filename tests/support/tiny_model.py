@@ -8,7 +8,7 @@ import torch
 ASSETS = Path(__file__).parents[2] / "llama_adapter_kernels" / "demo" / "assets" / "base"
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, intermediate_size: int = 96) -> Path:
     """Fills `folder`: Llama, 3 layers, grouped queries, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +16,7 @@ def save_tiny_model(folder: Path) -> Path:
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -7,11 +7,12 @@ from torch import nn
 
 from llama_adapter_kernels.formats import native
 from llama_adapter_kernels.integrations.choosing import attached_adapters, attachment_of
+from llama_adapter_kernels.integrations.quantised import counts_as_adapted
 from llama_adapter_kernels.integrations.transformers.methods import save_adapters
 
 
 class AdapterTrainerMixin:
-    """Resumes from checkpoints of a model with adapters.
+    """Resumes from checkpoints of a model with adapters, and trains those of a quantised one.
 
         class AdapterTrainer(lak.AdapterTrainerMixin, transformers.Trainer): ...
 
@@ -22,6 +23,15 @@ class AdapterTrainerMixin:
     model: Any
     state: Any
     args: Any
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: no gradient gets through the weights of the model.
+        """
+        with counts_as_adapted(more.get("model", arguments[0] if arguments else None)):
+            super().__init__(*arguments, **more)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Called by Trainer for every checkpoint and for `save_model`."""
