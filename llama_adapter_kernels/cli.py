@@ -13,6 +13,7 @@ from llama_adapter_kernels.commands import (
     bench,
     bench_check,
     bench_report,
+    chat,
     convert,
     demo,
     demo_senses,
@@ -98,6 +99,7 @@ def main(
 
 app.command()(finetune.finetune)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(encode.encode)
 app.command()(convert.convert)
 app.command()(evaluate.evaluate)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import llama_adapter_kernels as lak
+from llama_adapter_kernels import hub
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.integrations.conditioning import ATTRIBUTE as CONDITIONING
 from llama_adapter_kernels.integrations.conditioning import has_conditioning
@@ -74,7 +75,7 @@ class Answerer:
             UserError: a prompt leaves no room in the model's context.
         """
         prompts = [prompt_tokens(row, self.tokenizer, self.template) for row in rows]
-        streamer = None if stream is None else _streamer(self.tokenizer, stream)
+        streamer = None if stream is None else text_streamer(self.tokenizer, stream)
         with self._seeing(rows):
             answers = self.continuations(prompts, sampling, streamer)
         return [str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
@@ -172,8 +173,7 @@ def load_answerer(
         UserError: there is no such model or adapter, or the adapter is for another model.
     """
     if adapter is not None:
-        if not adapter.is_dir():
-            raise UserError(f"--adapter {adapter}: no such folder")
+        adapter = adapter_folder(adapter)
         with adapter_error_as_user_error(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # it is a check alone
             lak.load_adapter(skeleton(model), adapter)  # before the weights are loaded, which may take minutes
@@ -182,11 +182,39 @@ def load_answerer(
     written = choose_template(noted or template, tokenizer, [])
     network = load_model(model, dtype)
     if adapter is not None:
-        with adapter_error_as_user_error():
-            lak.load_adapter(network, adapter)
-            if has_conditioning(adapter):
-                lak.load_conditioning(network, adapter)
+        attach_saved(network, adapter)
     return Answerer(network.to(device), tokenizer, written)
+
+
+def attach_saved(network: Any, adapter: Path, name: str = "default") -> Path:
+    """Attaches a saved adapter, with its conditioning where it has one. Returns the folder that it was in.
+
+    Raises:
+        UserError: there is none, or it is for another model.
+    """
+    folder = adapter_folder(adapter)
+    with adapter_error_as_user_error():
+        lak.load_adapter(network, folder, name=name)
+        if has_conditioning(folder):
+            try:
+                lak.load_conditioning(network, folder)
+            except BaseException:  # a model has one conditioning: the adapter is of no use without its own
+                lak.detach_adapter(network, name)
+                raise
+    return folder
+
+
+def adapter_folder(adapter: Path) -> Path:
+    """The folder of a saved adapter; of a name on the hub, where its files are then.
+
+    Raises:
+        UserError: there is none.
+    """
+    if adapter.is_dir():
+        return adapter
+    if not hub.is_hub_name(str(adapter)):
+        raise UserError(f"--adapter {adapter}: no such folder")
+    return hub.adapter_folder(str(adapter))
 
 
 def read_instructions(path: Path) -> list[Row]:
@@ -216,7 +244,8 @@ def left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor,
     return tokens, mask
 
 
-def _streamer(tokenizer: Any, receive: Callable[[str], None]) -> Any:
+def text_streamer(tokenizer: Any, receive: Callable[[str], None]) -> Any:
+    """A streamer for transformers' `generate` that hands on the text of the answer, and a line end after it."""
     from transformers import TextStreamer
 
     class Pieces(TextStreamer):

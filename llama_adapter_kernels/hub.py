@@ -60,6 +60,22 @@ def dataset_folder(name: str, suffixes: tuple[str, ...]) -> Path:
         raise UserError(f"--data {name}: no such file or folder, and not from the hub either: {why(error)}") from error
 
 
+def adapter_folder(name: str) -> Path:
+    """The files of an adapter on the hub, in a local folder.
+
+    Raises:
+        UserError: there is none, or no way to the hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        if not any(is_cached(name, file) for file in ("zero_gate_adapter.json", "adapter_config.json")):
+            check_reachable()
+        return Path(snapshot_download(name, local_files_only=is_offline()))
+    except Exception as error:
+        raise UserError(f"--adapter {name}: no such folder, and not from the hub either: {why(error)}") from error
+
+
 def check_upload(name: str) -> None:
     """Finds out whether an upload will be possible, before hours are spent on what shall be uploaded.
 

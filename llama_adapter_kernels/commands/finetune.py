@@ -46,7 +46,7 @@ def finetune(context: typer.Context, config: Path | None, **values: Any) -> None
         best = min(outcome.held_out_losses.values())
         typer.echo(f"Held-out loss {best:.4f} at its best, after step {outcome.best_step}: that adapter is saved")
     typer.echo(f"{outcome.step} steps in {outcome.seconds:.0f} s. The adapter is saved in {task.output}. Try it with:")
-    typer.echo(f"  llama-adapter generate --model {shlex.quote(task.model)} --adapter {shlex.quote(str(task.output))}")
+    typer.echo(f"  llama-adapter chat --model {shlex.quote(task.model)} --adapter {shlex.quote(str(task.output))}")
 
 
 def _losses(losses: dict[int, float]) -> str:

@@ -29,6 +29,9 @@ class Template(Protocol):
     def prompt(self, conversation: Row | Chat) -> str:
         """What a model is given to answer the conversation."""
 
+    def dialogue(self, chat: Chat) -> str:
+        """What a model is given to answer the last turn of a chat of any number of turns, the user's."""
+
     def pieces(self, conversation: Row | Chat) -> Pieces:
         """The whole text of a conversation that ends with an answer."""
 
@@ -43,6 +46,16 @@ class Alpaca:
 
     def prompt(self, conversation: Row | Chat) -> str:
         return _as_row(conversation).prompt
+
+    def dialogue(self, chat: Chat) -> str:
+        """Instructions and responses follow each other, though nothing but the first of them was ever trained on."""
+        system = [turn for turn in chat.turns if turn.role == "system"]
+        first, *later = [turn for turn in chat.turns if turn.role != "system"]
+        text = _as_row(Chat((*system, first))).prompt
+        for turn in later:
+            asked = f"\n\n### Instruction:\n{turn.content}\n\n### Response:"
+            text += asked if turn.role == "user" else turn.content
+        return text
 
     def pieces(self, conversation: Row | Chat) -> Pieces:
         row = _as_row(conversation)
@@ -70,6 +83,9 @@ class ChatTemplate:
         chat = _as_chat(conversation)
         turns = chat.turns[:-1] if chat.turns[-1].role == "assistant" else chat.turns
         return self._render(list(turns), True)
+
+    def dialogue(self, chat: Chat) -> str:
+        return self._render(list(chat.turns), True)
 
     def pieces(self, conversation: Row | Chat) -> Pieces:
         turns = list(_as_chat(conversation).turns)

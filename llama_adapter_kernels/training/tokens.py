@@ -99,6 +99,11 @@ def prompt_tokens(row: Row | Chat, tokenizer: Tokenizer, template: Template | No
     return _begin(tokenizer, template) + tokenizer.encode(template.prompt(row), add_special_tokens=False)
 
 
+def dialogue_tokens(chat: Chat, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """What a model is given to answer the last turn of a chat, of any number of turns."""
+    return _begin(tokenizer, template) + tokenizer.encode(template.dialogue(chat), add_special_tokens=False)
+
+
 def _begin(tokenizer: Tokenizer, template: Template) -> list[int]:
     return [tokenizer.bos_token_id] if template.begins and tokenizer.bos_token_id is not None else []
 
