@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels.ops import checks, reference, registration, transforms
+from llama_adapter_kernels.ops.arguments import Inputs
 from llama_adapter_kernels.ops.backends import choose
 from llama_adapter_kernels.ops.order import Pass
 
@@ -76,18 +77,18 @@ def zero_gate_attention(
         if lengths is not None:
             checks.check_integers(name, lengths, batch, query)
     scale = checks.scale_of(scale, query.shape[-1])
-    gate = _gate_per_prefix_and_head(gate, prefix_key, query)
-    chosen = choose(backend, query, _pass(query, key, value, prefix_key, prefix_value, gate))
+    inputs = Inputs(query, key, value, prefix_key, prefix_value, _gate_per_prefix_and_head(gate, prefix_key, query))
+    chosen = choose(backend, query, _pass(*inputs))
     if chosen == "reference":
         return reference.forward(
-            query, key, value, prefix_key, prefix_value, gate, is_causal=is_causal, scale=scale, attn_mask=attn_mask,
-            key_start=key_start, key_end=key_end, prefix_index=prefix_index,
+            inputs, is_causal=is_causal, scale=scale, attn_mask=attn_mask, key_start=key_start, key_end=key_end,
+            prefix_index=prefix_index,
         )[0]  # fmt: skip
-    checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
+    checks.check_no_tangent(*inputs)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     return _forward(
-        chosen, query, key, value, prefix_key, prefix_value, gate, attn_mask,
+        chosen, *inputs, attn_mask,
         _int32("key_start", key_start, 0, key.shape[2]), _int32("key_end", key_end, 0, key.shape[2]),
         _index(prefix_index, prefix_key), None, None, 0, 0, scale, is_causal,
     )  # fmt: skip
@@ -143,17 +144,16 @@ def zero_gate_attention_varlen(
     max_seqlen_k = checks.count_of("max_seqlen_k", max_seqlen_k)
     checks.check_prefix(query, key, prefix_key, prefix_value, gate, prefix_index, batch)
     scale = checks.scale_of(scale, query.shape[-1])
-    gate = _gate_per_prefix_and_head(gate, prefix_key, query)
-    chosen = choose(backend, query, _pass(query, key, value, prefix_key, prefix_value, gate))
+    inputs = Inputs(query, key, value, prefix_key, prefix_value, _gate_per_prefix_and_head(gate, prefix_key, query))
+    chosen = choose(backend, query, _pass(*inputs))
     if chosen == "reference":
         return reference.forward_varlen(
-            query, key, value, prefix_key, prefix_value, gate, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, is_causal=is_causal, scale=scale,
-            prefix_index=prefix_index,
+            inputs, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, is_causal=is_causal, scale=scale, prefix_index=prefix_index,
         )[0]  # fmt: skip
-    checks.check_no_tangent(query, key, value, prefix_key, prefix_value, gate)
+    checks.check_no_tangent(*inputs)
     return _forward(
-        chosen, query, key, value, prefix_key, prefix_value, gate, None, None, None, _index(prefix_index, prefix_key),
+        chosen, *inputs, None, None, None, _index(prefix_index, prefix_key),
         _offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0], "max_seqlen_q", max_seqlen_q),
         _offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0], "max_seqlen_k", max_seqlen_k),
         max_seqlen_q, max_seqlen_k, scale, is_causal,
@@ -217,17 +217,17 @@ def zero_gate_decode(
     checks.check_range("cache_lengths", cache_lengths, 0, key_cache.shape[2])
     scale = checks.scale_of(scale, query.shape[-1])
     gate = _gate_per_prefix_and_head(gate, prefix_key, query)
+    inputs = Inputs(query, key_cache, value_cache, prefix_key, prefix_value, gate)
     chosen = choose(backend, query, "decode")
     if chosen == "reference":
         return reference.forward(
-            query, key_cache, value_cache, prefix_key, prefix_value, gate, is_causal=True, scale=scale,
-            key_start=key_start, key_end=cache_lengths, prefix_index=prefix_index,
+            inputs, is_causal=True, scale=scale, key_start=key_start, key_end=cache_lengths, prefix_index=prefix_index,
         )[0]  # fmt: skip
-    checks.check_no_tangent(query, key_cache, value_cache, prefix_key, prefix_value, gate)
+    checks.check_no_tangent(*inputs)
     longest = key_cache.shape[2]
     arguments = (
-        query, key_cache, value_cache, prefix_key, prefix_value, gate, _int32("key_start", key_start, 0, longest),
-        _int32("cache_lengths", cache_lengths, 0, longest), _index(prefix_index, prefix_key), scale, True,
+        *inputs, _int32("key_start", key_start, 0, longest), _int32("cache_lengths", cache_lengths, 0, longest),
+        _index(prefix_index, prefix_key), scale, True,
     )  # fmt: skip
     if transforms.active():
         return transforms.decode(_op(chosen), *arguments)

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels.ops import checks
+from llama_adapter_kernels.ops.arguments import Inputs
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
+    inputs: Inputs,
     *,
     is_causal: bool = False,
     scale: float,
@@ -28,6 +24,7 @@ def forward(
     prefix_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (output [B, Hq, Sq, D], log-sum-exp of the word scores [B, Hq, Sq])."""
+    query, key, value, prefix_key, prefix_value, gate = inputs
     checks.check_values(key, prefix_key, key_start, key_end, prefix_index)
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
@@ -103,12 +100,7 @@ def select_prefix(
 
 
 def forward_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
+    inputs: Inputs,
     *,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -122,6 +114,7 @@ def forward_varlen(
 
     Tokens after the last sequence belong to none; their output is 0.
     """
+    query, key, value, prefix_key, prefix_value, gate = inputs
     checks.check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", query.shape[0], max_seqlen_q, "max_seqlen_q")
     checks.check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", key.shape[0], max_seqlen_k, "max_seqlen_k")
     checks.check_values(key, prefix_key, None, None, prefix_index)
@@ -131,13 +124,16 @@ def forward_varlen(
         tokens_q, tokens_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         one_per_sequence = prefix_index is None and prefix_key is not None and prefix_key.shape[0] > 1
         entry = slice(b, b + 1) if one_per_sequence else slice(None)
-        output, logsumexp = forward(
+        sequence = Inputs(
             query[tokens_q].transpose(0, 1)[None],
             key[tokens_k].transpose(0, 1)[None],
             value[tokens_k].transpose(0, 1)[None],
             None if prefix_key is None else prefix_key[entry],
             None if prefix_value is None else prefix_value[entry],
             None if gate is None else gate.expand(prefix_key.shape[0], -1)[entry] if prefix_key is not None else gate,
+        )
+        output, logsumexp = forward(
+            sequence,
             is_causal=is_causal,
             scale=scale,
             prefix_index=None if prefix_index is None else prefix_index[b : b + 1],

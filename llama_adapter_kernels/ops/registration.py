@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_adapter_kernels.ops.arguments import Gradients, of_backward, of_forward
+
 _PACKAGE = Path(__file__).parent.parent
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Said once, for C++ and for Triton: CMake puts the same text into the C++ library.
 SCHEMAS = [
@@ -66,84 +67,35 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
-    attn_mask: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    prefix_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (query, *_), options = of_forward(arguments)
     # [B, Hq, Sq, D] has statistics [B, Hq, Sq]; packed [T, Hq, D] has [Hq, T].
-    rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
+    rows = query.shape[:3] if options.cu_seqlens_q is None else (query.shape[1], query.shape[0])
     return torch.empty_like(query), query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
 
 
-def backward_fake(
-    doutput: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    attn_mask: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    prefix_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    is_causal: bool,
-    need_dquery: bool,
-    need_dkey_dvalue: bool,
-    need_dprefix: bool,
-    deterministic: bool,
-) -> Gradients:
+def backward_fake(*arguments: Any) -> Gradients:
+    call = of_backward(arguments)
+    query, key, value, prefix_key, prefix_value, gate = call.inputs
+
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed and tensor is not None else query.new_empty(0)
 
-    if need_dprefix and gate is not None:
+    if call.needed.dprefix and gate is not None:
         dgate = gate.new_empty(gate.shape)  # contiguous, whatever the strides of an expanded gate
     else:
         dgate = query.new_empty(0)
     return (
-        like(query, need_dquery),
-        like(key, need_dkey_dvalue),
-        like(value, need_dkey_dvalue),
-        like(prefix_key, need_dprefix),
-        like(prefix_value, need_dprefix),
+        like(query, call.needed.dquery),
+        like(key, call.needed.dkey_dvalue),
+        like(value, call.needed.dkey_dvalue),
+        like(prefix_key, call.needed.dprefix),
+        like(prefix_value, call.needed.dprefix),
         dgate,
     )
 
 
-def decode_fake(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    prefix_index: Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> Tensor:
+def decode_fake(query: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(query)
 
 

@@ -1,10 +1,12 @@
 """The op `backward`: which kernels run for the gradients that are asked for. Nothing here reads a value from the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama_adapter_kernels.ops.arguments import Gradients, of_backward
 from llama_adapter_kernels.triton_kernels import prefix, tuning
 from llama_adapter_kernels.triton_kernels.backward_prefix import backward_prefix_kernel, backward_sums_kernel
 from llama_adapter_kernels.triton_kernels.backward_rows import backward_rows_kernel
@@ -28,8 +30,6 @@ from llama_adapter_kernels.triton_kernels.host import (
 )
 from llama_adapter_kernels.triton_kernels.tile_race import Tiles, choose, kind_of
 from llama_adapter_kernels.triton_kernels.tuning import Tile, is_forced, tile_for
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _SUMS_TILE = Tile(16, 128, 4, 1)
 # Rows whose prefix gradients one program adds up: so many that the partial sums are small beside the tensors themselves.
@@ -78,52 +78,32 @@ class _PrefixSums:
     chunks: int
 
 
-def backward(
-    doutput: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    attn_mask: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    prefix_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    is_causal: bool,
-    need_dquery: bool,
-    need_dkey_dvalue: bool,
-    need_dprefix: bool,
-    deterministic: bool,
-) -> Gradients:
+def backward(*arguments: Any) -> Gradients:
     """(dquery, dkey, dvalue, dprefix_key, dprefix_value, dgate [A, Hq] float32); those not asked for have shape (0,).
 
     Always deterministic: no kernel uses atomics, so `deterministic` changes nothing.
     """
-    size = Sizes(query, key, prefix_key, prefix_index, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    doutput, (query, key, value, prefix_key, prefix_value, gate), output, logsumexp, options, needed = of_backward(
+        arguments
+    )
+    attn_mask, key_start, key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, *longest, scale, is_causal = options
+    size = Sizes(query, key, prefix_key, prefix_index, cu_seqlens_q, *longest)
     q, k, v, do, o = (with_unit_stride(tensor) for tensor in (query, key, value, doutput, output))
     kp, vp = (None if tensor is None else with_unit_stride(tensor) for tensor in (prefix_key, prefix_value))
     inputs = _Inputs(
         size, q, k, v, do, kp, vp, gate, logsumexp, mask_view(attn_mask), key_start, key_end, prefix_index, cu_seqlens_q,
         cu_seqlens_k, scale, is_causal,
     )  # fmt: skip
-    need_words = need_dquery or need_dkey_dvalue
+    need_words = needed.dquery or needed.dkey_dvalue
     dquery, dkey, dvalue = (
-        empty_rows_like(tensor) if needed else None
-        for tensor, needed in ((query, need_dquery), (key, need_dkey_dvalue), (value, need_dkey_dvalue))
+        empty_rows_like(tensor) if wanted else None
+        for tensor, wanted in ((query, needed.dquery), (key, needed.dkey_dvalue), (value, needed.dkey_dvalue))
     )
     none = query.new_empty(0)
     dprefix_key, dprefix_value, dgate = none, none, none
-    if need_words or need_dprefix:
-        statistics, sums = _rows(inputs, o, need_words, need_dprefix)
-        if need_dprefix and prefix_key is not None and prefix_value is not None and gate is not None:
+    if need_words or needed.dprefix:
+        statistics, sums = _rows(inputs, o, need_words, needed.dprefix)
+        if needed.dprefix and prefix_key is not None and prefix_value is not None and gate is not None:
             dprefix_key, dprefix_value = empty_rows_like(prefix_key), empty_rows_like(prefix_value)
             dgate = torch.zeros(size.prefix_count, size.heads_q, dtype=torch.float32, device=query.device)
             if size.prefix_length > 0:

@@ -1,8 +1,11 @@
 """The ops `forward` and `decode`: allocate results, choose tiles, launch. Nothing here reads a value from the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llama_adapter_kernels.ops.arguments import of_forward
 from llama_adapter_kernels.triton_kernels import tuning
 from llama_adapter_kernels.triton_kernels.decode_kernels import decode_combine_kernel, decode_split_kernel
 from llama_adapter_kernels.triton_kernels.forward_kernel import forward_kernel
@@ -28,26 +31,11 @@ from llama_adapter_kernels.triton_kernels.tuning import Tile, is_forced, tile_fo
 _COMBINE_TILE = Tile(1, 0, 4, 1)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
-    attn_mask: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    prefix_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(output like query, log-sum-exp of the words [B, Hq, Sq] or packed [Hq, T], float32). Arguments are the op's."""
-    size = Sizes(query, key, prefix_key, prefix_index, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    (query, key, value, prefix_key, prefix_value, gate), options = of_forward(arguments)
+    attn_mask, key_start, key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, *longest, scale, is_causal = options
+    size = Sizes(query, key, prefix_key, prefix_index, cu_seqlens_q, *longest)
     q, k, v = (with_unit_stride(tensor) for tensor in (query, key, value))
     kp, vp = (None if tensor is None else with_unit_stride(tensor) for tensor in (prefix_key, prefix_value))
     output = empty_rows_like(query)

@@ -11,6 +11,7 @@ import torch
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
 from llama_adapter_kernels.ops import registration
+from llama_adapter_kernels.ops.arguments import of_backward, of_forward
 from llama_adapter_kernels.testing import Case, make_problem
 
 CASES = [Case(), Case(mask="bool", prefix="table", batch=4, gate="prefix"), Case(prefix="none", window="both"),
@@ -48,16 +49,23 @@ def test_opcheck_backward_and_decode(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["forward", "backward", "decode"])
 def test_every_implementation_takes_what_the_schema_says(name: str) -> None:
-    """C++ is checked when it is compiled (csrc/op/bind.h); here the text it was compiled from, the fakes and Triton."""
-    from llama_adapter_kernels.triton_kernels import backward_launcher, launchers
+    """C++ is checked when it is compiled (csrc/op/bind.h); here the text it was compiled from, and the fakes and Triton."""
+    from llama_adapter_kernels.triton_kernels import launchers
 
-    launcher = getattr(backward_launcher if name == "backward" else launchers, name)
     (text,) = (schema for schema in registration.SCHEMAS if schema.startswith(f"{name}("))
     for namespace in ("llama_adapter_kernels", "llama_adapter_kernels_triton"):
         schema = getattr(getattr(torch.ops, namespace), name).default._schema
         assert str(schema) == f"{namespace}::{text}"
-        for function in (getattr(registration, f"{name}_fake"), launcher):
-            assert list(inspect.signature(function).parameters) == [argument.name for argument in schema.arguments]
+    names = [argument.name for argument in schema.arguments]
+    if name == "decode":
+        assert list(inspect.signature(launchers.decode).parameters) == names
+        return
+    unpacked = of_forward(names) if name == "forward" else of_backward(names)
+    fields = [pair for part in unpacked if isinstance(part, tuple) for pair in part._asdict().items()]
+    if name == "backward":
+        fields += [(field, got) for field, got in unpacked._asdict().items() if isinstance(got, str)]
+    assert len(fields) == len(names)
+    assert all(got in (field, f"need_{field}") for field, got in fields)
 
 
 def test_the_log_sum_exp_takes_no_gradient() -> None:
