@@ -17,7 +17,8 @@ def test_tiles_of_a_packed_batch_are_full(card: str) -> None:
 def test_work_and_traffic_of_a_packed_batch(interpreted: RunInChild) -> None:
     """N is one [T, H, D] tensor. Beside what kernels ask for it is counted what a cache of 1 MiB has to fetch for them,
     an H100 has 50: forward reads Q, K, V and writes O (4 N); backward reads and writes eight tensors (8 N), and Q, dO once
-    more for the rows' statistics."""
+    more for the rows' statistics. What they ask for grows as blocks shrink: those that won the race on an H200 have 64 rows
+    and keys (former blocks of 128: 18 N)."""
     counts = interpreted(triton_packed.count, 1024)
     forward, rows, words = (counts[f"{name}_kernel"] for name in ("forward", "backward_rows", "backward_words"))
     assert all(kernel["with_work"] >= 0.97 for kernel in (forward, rows, words)), counts
@@ -25,4 +26,4 @@ def test_work_and_traffic_of_a_packed_batch(interpreted: RunInChild) -> None:
     backward = [kernel for name, kernel in counts.items() if name.startswith("backward")]
     assert sum(kernel["fetched"] for kernel in backward) <= 11, backward
     assert forward["asked"] <= 5.5
-    assert sum(kernel["asked"] for kernel in backward) <= 18
+    assert sum(kernel["asked"] for kernel in backward) <= 20
