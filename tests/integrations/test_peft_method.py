@@ -5,53 +5,16 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 import llama_adapter_kernels as lak
-from tests.support.peft_models import base_model
+from tests.support.peft_models import CONFIG, KINDS, base_model, logits, opened, two_adapters, wrapped
 from tests.support.small_models import TOKENS
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
-CONFIG: dict[str, Any] = {"prefix_length": 4, "num_layers": 2, "task_type": "CAUSAL_LM"}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "scalar gates of two layers": ("mistral sliding window", {"num_layers": None, "layers": [0, 2], "gate_shape": "scalar"}),
-    "gpt2": ("gpt2", {"gate": "identity"}),
-    "tuned": ("llama", {"tuning": lak.Tuning(lora_rank=2)}),
-}  # fmt: skip
-
-
-def wrapped(kind: str = "llama", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    name, changes = KINDS[kind]
-    model = peft.get_peft_model(base_model(name, dtype), lak.ZeroGateConfig(**CONFIG | changes | more)).eval()
-    opened(model, 1)
-    return model
-
-
-def opened(model: nn.Module, seed: int, name: str = "default") -> None:
-    """Random gates, prompts and whatever is tuned."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lak.attached_adapters(model)[name].parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.5)
-
-
-def logits(model: Any, tokens: Tensor = TOKENS, **more: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens, **more).logits
-
-
-def two_adapters(kind: str = "llama") -> Any:
-    model = wrapped(kind)
-    model.add_adapter("other", lak.ZeroGateConfig(**CONFIG | KINDS[kind][1] | {"prefix_length": 3}))
-    opened(model, 2, "other")
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +63,7 @@ def test_a_new_process_reads_it_though_peft_comes_first(tmp_path: Path) -> None:
     (tmp_path / "whole.pickle").write_bytes(pickle.dumps(model))
     script = f"""if True:
         import peft, llama_adapter_kernels, os, pickle, torch
-        from tests.support.peft_models import base_model
+        from tests.support.peft_models import CONFIG, KINDS, base_model, logits, opened, two_adapters, wrapped
         from tests.support.small_models import TOKENS
         os.chdir({str(tmp_path)!r})
         expected = torch.load("expected.pt")
@@ -214,68 +177,6 @@ def test_the_last_adapter_may_go_and_another_come() -> None:
     opened(model, 4, "new")
     assert not torch.allclose(logits(model), base)
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".zero_gate." not in name)
-
-
-def test_batches_that_mix_adapters() -> None:
-    model = two_adapters()
-    names = ["other", "__base__", "default", "other"]
-    tokens = torch.cat([TOKENS, TOKENS.flip(1)])
-    rows, answers = [], []
-    call = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
-    for name, row in zip(names, tokens, strict=True):
-        if name == "__base__":
-            with model.disable_adapter():
-                rows.append(logits(model, row[None]))
-                answers.append(model.generate(row[None], num_beams=2, **call))
-        else:
-            model.set_adapter(name)
-            rows.append(logits(model, row[None]))
-            answers.append(model.generate(row[None], num_beams=2, **call))
-    assert torch.allclose(logits(model, tokens, adapter_names=names), torch.cat(rows), atol=1e-5)
-    assert torch.equal(model.generate(tokens, adapter_names=names, num_beams=2, **call), torch.cat(answers))
-    model.train()
-    model(input_ids=tokens, labels=tokens, adapter_names=names).loss.backward()  # the active one learns
-    grads = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert grads == {"other"}
-    for wrong, message in (
-        (["default"] * 3, "expected one adapter for each of the 4 sequences of the batch, got 3"),
-        (["default", "x", "x", "x"], "adapter 'x': unknown"),
-        ("default", "adapter_names: expected a list with one name per sequence, got str"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            logits(model, tokens, adapter_names=wrong)
-
-
-def test_a_head_that_trains_and_travels_along(tmp_path: Path) -> None:
-    def classifier() -> nn.Module:
-        torch.manual_seed(0)
-        return BertForSequenceClassification(
-            BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
-        ).eval()
-
-    config = lak.ZeroGateConfig(prefix_length=3, task_type="SEQ_CLS")
-    model = peft.get_peft_model(classifier(), config)
-    assert {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"bert", "classifier"}
-    model.add_adapter("other", lak.ZeroGateConfig(prefix_length=2, task_type="SEQ_CLS"))
-    for name, seed in (("default", 1), ("other", 2)):
-        model.set_adapter(name)
-        opened(model, seed, name)
-        with torch.no_grad():
-            model.base_model.model.classifier.weight.add_(torch.randn(2, 32))
-    model(input_ids=TOKENS, labels=torch.tensor([0, 1])).loss.backward()
-    each = {"__base__": logits(classifier())}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        each[name] = logits(model)
-    tokens, names = TOKENS[[0, 0, 0]], ["other", "__base__", "default"]
-    found = logits(model, tokens, adapter_names=names)
-    assert torch.allclose(found, torch.stack([each[name][0] for name in names]), atol=1e-5)
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(classifier(), tmp_path / "other")
-    assert torch.equal(logits(loaded), each["other"])
-    plain = model.unload()
-    assert not torch.equal(plain.classifier.weight, classifier().classifier.weight)  # it stays, as with PEFT's methods
-    assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
 def test_copies_stand_alone() -> None:

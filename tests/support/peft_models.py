@@ -1,13 +1,14 @@
-"""Small models with PEFT's AdaptionPrompt, gates open."""
+"""Small models with PEFT's AdaptionPrompt or with this package's method of PEFT, gates open."""
 
 import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
-from tests.support.small_models import SHAPE
+import llama_adapter_kernels as lak
+from tests.support.small_models import SHAPE, TOKENS
 
 GPT2 = {
     "vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
@@ -50,3 +51,43 @@ def open_gates(model: nn.Module, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if "adaption_" in name:
                 parameter.copy_(torch.randn(parameter.shape) + 0.5)
+
+
+CONFIG: dict[str, Any] = {"prefix_length": 4, "num_layers": 2, "task_type": "CAUSAL_LM"}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "scalar gates of two layers": ("mistral sliding window", {"num_layers": None, "layers": [0, 2], "gate_shape": "scalar"}),
+    "gpt2": ("gpt2", {"gate": "identity"}),
+    "tuned": ("llama", {"tuning": lak.Tuning(lora_rank=2)}),
+}  # fmt: skip
+
+
+def wrapped(kind: str = "llama", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A model with this package's method of PEFT, its gates open."""
+    from peft import get_peft_model
+
+    name, changes = KINDS[kind]
+    model = get_peft_model(base_model(name, dtype), lak.ZeroGateConfig(**CONFIG | changes | more)).eval()
+    opened(model, 1)
+    return model
+
+
+def opened(model: nn.Module, seed: int, name: str = "default") -> None:
+    """Random gates, prompts and whatever is tuned."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lak.attached_adapters(model)[name].parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+
+
+def logits(model: Any, tokens: Tensor = TOKENS, **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, **more).logits
+
+
+def two_adapters(kind: str = "llama") -> Any:
+    """The same with a second adapter, "other"."""
+    model = wrapped(kind)
+    model.add_adapter("other", lak.ZeroGateConfig(**CONFIG | KINDS[kind][1] | {"prefix_length": 3}))
+    opened(model, 2, "other")
+    return model
