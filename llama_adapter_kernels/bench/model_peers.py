@@ -1,6 +1,6 @@
 """Contestants for attention modules and whole models: no adapter, two SDPA calls, eager, PEFT and this package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen
+from llama_adapter_kernels.adapters.selection import Selection
 from llama_adapter_kernels.bench import attention_peers
 from llama_adapter_kernels.bench.model_problem import IGNORED, ModelProblem, OneTokenCache, build_model
 from llama_adapter_kernels.bench.peer import Peer, Prepared
+from llama_adapter_kernels.integrations.slot import ROUTING, Routing
 from llama_adapter_kernels.ops import backends
 
 # (query, key, value, prefix_key, prefix_value, gate [Hq], attn_mask, is_causal, scale, kwargs of the model) -> output
@@ -120,14 +122,19 @@ def _prepare_hook(name: str, attention: Attention, packed: bool, problem: ModelP
     return finish(model, problem, attach(model, problem) if problem.prefix else {}, packed)
 
 
-def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
-    """PEFT's AdaptionPrompt, the module that users of Hugging Face models have today."""
+def _prepare_peft(accelerated: bool, problem: ModelProblem, backward: bool) -> Prepared:
+    """PEFT's AdaptionPrompt, the module that users of Hugging Face models have today, as it is or by accelerate_peft."""
     from peft import AdaptionPromptConfig, get_peft_model
+
+    from llama_adapter_kernels import accelerate_peft
 
     model = build_model(problem, "sdpa")
     length, layers = problem.prompts.shape[1], problem.shape.layers
     config = AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config).base_model.model
+    wrapped = get_peft_model(model, config)
+    if accelerated:
+        accelerate_peft(wrapped)
+    model = wrapped.base_model.model
     leaves: dict[str, Tensor] = {}
     for number, layer in enumerate(model.model.layers):
         module = layer.self_attn
@@ -135,7 +142,10 @@ def _prepare_peft(problem: ModelProblem, backward: bool) -> Prepared:
             module.adaption_prompt.copy_(problem.prompts[number][None])
             module.adaption_gate.copy_(problem.gates[number])
         leaves |= {f"prompt.{number}": module.adaption_prompt, f"gate.{number}": module.adaption_gate}
-    return finish(model, problem, leaves)
+    # One token by an attention module alone, in the middle of a generation: the model hands down what the generation keeps.
+    within = accelerated and problem.mode == "forward" and problem.cache is not None
+    kept = {ROUTING: Routing(Selection((None,), whole=True), kept={})} if within else None
+    return finish(model, problem, leaves, kept=kept)
 
 
 def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Prepared:
@@ -153,12 +163,22 @@ def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Pre
     return finish(model, problem, leaves, packed)
 
 
-def finish(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], packed: bool = False) -> Prepared:
-    """The call on a model that is set up: its first attention module, the loss of the whole model or its next token."""
+def finish(
+    model: Any,
+    problem: ModelProblem,
+    leaves: dict[str, Tensor],
+    packed: bool = False,
+    kept: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """The call on a model that is set up: its first attention module, the loss of the whole model or its next token.
+
+    Args:
+        kept: further arguments of the attention module.
+    """
     if problem.mode == "token":
         return _finish_token(model, problem, leaves)
     if problem.mode != "step":
-        return _finish_module(model, problem, leaves)
+        return _finish_module(model, problem, leaves, kept or {})
     # Right padding needs no mask: what comes after a token does not reach it, and padding has no label.
     batch: dict[str, Any] = _pack(problem) if packed else {"input_ids": problem.tokens}
     labels = _shifted(problem)
@@ -178,11 +198,11 @@ def finish(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], packed:
     return Prepared(loss, leaves, None)
 
 
-def _finish_module(model: Any, problem: ModelProblem, leaves: dict[str, Tensor]) -> Prepared:
+def _finish_module(model: Any, problem: ModelProblem, leaves: dict[str, Tensor], kept: Mapping[str, Any]) -> Prepared:
     shape, module = problem.shape, model.model.layers[0].self_attn
     hidden = problem.hidden.detach().clone().requires_grad_(problem.doutput is not None)
     positions = torch.arange(shape.cached, shape.cached + shape.sequence, device=problem.device)[None]
-    arguments = {"position_embeddings": model.model.rotary_emb(hidden, positions), "attention_mask": None}
+    arguments = {"position_embeddings": model.model.rotary_emb(hidden, positions), "attention_mask": None, **kept}
     if problem.cache is not None:
         arguments["past_key_values"] = OneTokenCache(problem.cache[0])
 
@@ -236,7 +256,8 @@ _MODEL: list[Peer[ModelProblem]] = [
     Peer("sdpa", "no adapter, plain SDPA", _prepare_plain, prefix=False, quick=True),
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_hook, "two-sdpa", two_sdpa, False), quick=True),
     Peer("eager", "eager, concatenated", partial(_prepare_hook, "eager", eager, False)),
-    Peer("peft", "PEFT AdaptionPrompt", _prepare_peft, quick=True),
+    Peer("peft", "PEFT AdaptionPrompt", partial(_prepare_peft, False), quick=True),
+    Peer("peft-accelerated", "PEFT, accelerate_peft", partial(_prepare_peft, True), ours=True, quick=True),
     *(
         Peer(f"ours-adapter{'-packed' if packed else ''}", f"attach_adapter{', packed' if packed else ''}",
              partial(_prepare_adapter, packed), ours=True, quick=True, reason=partial(_packed_reason, packed))

@@ -52,6 +52,19 @@ def test_adapter_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert all(float(line.split()[-1]) > 0 for line in lines[1:])
 
 
+def test_peft_attention(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    compared = script("peft_attention")
+    assert all(mode in cases.cases("cpu")[name].modes for name, mode, *_ in compared.RACES)
+    monkeypatch.setattr(
+        sys, "argv", ["peft_attention.py", "--rounds", "1", "--dtype", "float32", "--case", "module-1b-token"]
+    )
+    compared.main()
+    said = capsys.readouterr().out
+    assert said.startswith("Llama-3.2-1B attention module, one token, forward, float32: ")
+    assert said.endswith("x (target 1.8)\n")
+
+
 def test_pytest_benchmark_is_handed_the_samples(tmp_path: Path) -> None:
     """Two contestants of one race: both are in the report, with the times that the race measured."""
     chosen = ["--benchmark-json", str(tmp_path / "out.json"), "-k", "decode-7b-forward-float32-ours-cpu"]

@@ -9,7 +9,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NEEDS = {
     "transformers_trainer": "accelerate", "packed_batches": "transformers", "many_adapters": "transformers",
-    "image_conditioned": "PIL",
+    "image_conditioned": "PIL", "peft_trainer": "peft",
     "roberta_classification": "transformers", "timm_vit": "timm",  # runs in tests/adapters/test_timm.py otherwise
 }  # fmt: skip
 SAYS = {
@@ -21,6 +21,11 @@ SAYS = {
     "timm_vit": ["5 to 9, adapter and head: 8", "adapter: 1,164 of "],
     "decode": ["sequence 0: 12 tokens after 24", "sequence 1: 12 tokens after 7"],
     "packed_batches": ["one row of 448 tokens", "padded, the same batch would have 1000"],
+    "peft_trainer": [
+        "trainable params: 9,630",
+        "checkpoint-60: adapter_config.json, adapter_model.safetensors",
+        "in one batch, with the adapter: PEFT does.",
+    ],
     "transformers_trainer": ["9,630 of ", "with:    ['It lets the prompt in.', 'At zero, so nothing changes.']"],
 }
 
