@@ -23,6 +23,7 @@ from llama_adapter_kernels.commands import (
     finetune,
     generate,
     info,
+    plan,
 )
 from llama_adapter_kernels.errors import UserError
 
@@ -108,6 +109,7 @@ app.command()(demo.demo)
 app.command()(demo_real.demo_real)
 app.command()(demo_senses.demo_image)
 app.command()(demo_senses.demo_sound)
+app.command()(plan.plan)
 app.command()(info.info)
 app.command()(bench.bench)
 app.command()(bench_report.bench_report)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.bench import model_peers
+from llama_adapter_kernels.training.memory import keep_words_frozen
 
 # hidden, feed-forward, layers, heads, vocabulary, tokens of a step
 SHAPES = {
@@ -30,6 +32,7 @@ class Contestant:
         backend: of this package's operation; None: not this package's.
         pieces: into how many micro-batches a packed step is dealt.
         low: activations are computed again in the backward pass.
+        fused: with liger-kernel's norms, rotations and activations.
         kind: ours, varlen (torch's varlen_attn twice), two-sdpa, lora or adaption-prompt.
     """
 
@@ -38,6 +41,7 @@ class Contestant:
     backend: str | None = None
     pieces: int = 1
     low: bool = False
+    fused: bool = False
     timed: int = TIMED
 
 
@@ -50,6 +54,10 @@ def contestants(device: str) -> list[Contestant]:
         found.append(Contestant(f"ours {backend}, checkpointing", "ours", backend, low=True))
     for pieces in (4, 8):
         found += [Contestant(f"ours {fast[0]}, {pieces} micro-batches", "ours", fast[0], pieces)] if fast else []
+    if device == "cuda" and fast and find_spec("liger_kernel"):
+        found.append(Contestant(f"ours {fast[0]}, liger", "ours", fast[0], fused=True))
+        found.append(Contestant(f"ours {fast[0]}, liger, checkpointing", "ours", fast[0], low=True, fused=True))
+        found.append(Contestant(f"ours {fast[0]}, liger, 6 micro-batches", "ours", fast[0], 6, fused=True))
     if device == "cuda":
         found.append(Contestant("varlen_attn twice", "varlen"))
         found.append(Contestant("varlen_attn twice, checkpointing", "varlen", low=True))
@@ -157,6 +165,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
         return
     getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    keep_words_frozen(model)
     try:
         yield
     finally:

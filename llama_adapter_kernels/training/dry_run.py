@@ -8,7 +8,7 @@ from typing import Any
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.training.loop import device_of, layers_with_gradients, plan_steps
-from llama_adapter_kernels.training.memory import MemoryEstimate, estimate_memory, fitting_tokens
+from llama_adapter_kernels.training.memory import MemoryEstimate, estimate_memory, fitting_tokens, keep_words_frozen
 from llama_adapter_kernels.training.packing import StepPlan, pack
 from llama_adapter_kernels.training.settings import Execution, Settings
 from llama_adapter_kernels.training.tokens import Example
@@ -95,6 +95,7 @@ def seconds_per_micro_batch(
     network.to(device).train()
     if execution.low_memory:
         network.gradient_checkpointing_enable({"use_reentrant": False})
+        keep_words_frozen(network)
     batch = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in pack([examples[i] for i in chosen]).items()

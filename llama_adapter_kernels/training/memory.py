@@ -75,6 +75,16 @@ def fitting_tokens(network: Any, adapted_layers: int, device: Any, *, low: bool 
     return max(0, min(most, int(_USED * (_free(device) - coming)) // per_token))
 
 
+def keep_words_frozen(network: Any) -> None:
+    """Takes back that embedded words require gradients, which transformers sees to where activations are computed again.
+
+    The checkpoints of old needed that. For an adapter it means that every layer below the lowest adapted one is computed
+    three times instead of once.
+    """
+    if getattr(network, "_require_grads_hooks", None) or hasattr(network, "_require_grads_hook"):
+        network.disable_input_require_grads()
+
+
 def _free(device: Any) -> int:
     """Bytes that are free on a torch.device; of one that does not say, what the machine has."""
     import torch

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.training.loss import response_loss
-from llama_adapter_kernels.training.memory import MOST_TOKENS, activation_bytes, fitting_tokens
+from llama_adapter_kernels.training.memory import MOST_TOKENS, activation_bytes, fitting_tokens, keep_words_frozen
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.tokens import Example
 
@@ -46,3 +46,24 @@ def test_what_fits_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert fitting_tokens(model, 4, cpu, low=True) > 120
     free = 10**12
     assert fitting_tokens(model, 4, cpu) == MOST_TOKENS["cpu"]
+
+
+def test_layers_below_the_adapter_are_computed_once_where_activations_are_computed_again() -> None:
+    """transformers lets embedded words require gradients then, which would run every layer three times."""
+    model = LlamaForCausalLM(CONFIG).train()
+    lak.attach_adapter(model, lak.AdapterConfig(num_layers=2))
+    calls: dict[int, int] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn.register_forward_hook(
+            lambda *_, number=number: calls.update({number: calls.get(number, 0) + 1})
+        )
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    keep_words_frozen(model)
+    batch = pack([Example(tuple(range(3, 40)), 8)])
+    calls.clear()
+    response_loss(model, batch)[0].backward()
+    # One more forward pass finds out how the head is to be used.
+    assert calls == {0: 3, 1: 3, 2: 3, 3: 3, 4: 4, 5: 4}
