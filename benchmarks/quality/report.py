@@ -128,10 +128,10 @@ def _answers(recorded: dict[str, Any]) -> list[str]:
 
 def _line(text: str) -> str:
     """On one line, with nothing that Markdown would take for its own."""
-    return (
-        " ".join(text.split()).replace("|", "/").replace("<", "&lt;").replace("*", "\\*").replace("#", "\\#")
-        or "(nothing)"
-    )
+    line = " ".join(text.split()) or "(nothing)"
+    for special in "\\*_#`[<|":
+        line = line.replace(special, f"\\{special}")
+    return line.replace("$", "&#36;")  # the web site would take it for a formula
 
 
 def encoder_tables(recorded: dict[str, Any]) -> list[str]:

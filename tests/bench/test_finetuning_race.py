@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("peft")
-from benchmarks.training import finetuning, finetuning_contestants, finetuning_process
+from benchmarks.training import finetuning, finetuning_contestants, finetuning_process, finetuning_report
 from benchmarks.training.finetuning_process import Race
 from tests.support.tiny_model import save_tiny_model
 
@@ -79,3 +79,24 @@ def test_results_are_medians_without_the_first_step() -> None:
     assert (found["peak_bytes"], found["parameters"], found["tokens_per_step"]) == (5, 7, 87)
     assert Silent([(1.0, 1)]).result() == {"problem": "too few steps"}
     assert Silent([], "ValueError: no").result() == {"problem": "ValueError: no"}
+
+
+def test_the_table_says_which_goals_are_missed(tmp_path: Path) -> None:
+    def result(rate: float, peak: int) -> dict[str, object]:
+        return {"tokens_per_second": rate, "peak_bytes": peak << 30, "parameters": 1000}
+
+    titles = {name: title for name, (title, _) in finetuning_contestants.CONTESTANTS.items()}
+    machine = {"cpu": "a CPU", "threads": 2, "torch_instruction_set": "AVX2", "torch": "2", "commit": "abc"}
+    results = {"ours": result(300, 2), "adaption-prompt": result(150, 4), "lora": {"problem": "ValueError: no"},
+               "trl-lora": result(290, 2), "litgpt": result(100, 4)}  # fmt: skip
+    recorded = {"machine": machine, "model": "M", "data": "d", "rows": 8, "rounds": 3, "titles": titles,
+                "results": {"float32": results}}  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(recorded))
+    (tmp_path / "page.md").write_text(f"top\n{finetuning_report.BEGIN}\nold\n{finetuning_report.END}\nbottom\n")
+    finetuning_report.write(tmp_path / "r.json", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("top\n") and page.endswith("\nbottom\n") and "old" not in page
+    for said in ("| HF Trainer + PEFT AdaptionPrompt | 1,000 | 150 | 2.00x | 4.00 GiB | 0.50 |", "ValueError: no",
+                 "AdaptionPrompt: 2.00 (goal 1.5): held", "LoRA r8: 1.03 (goal 1.2): **missed**",
+                 "memory of TRL SFTTrainer, packed, LoRA r8: 1.00 (goal 0.8): **missed**"):  # fmt: skip
+        assert said in page, said

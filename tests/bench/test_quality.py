@@ -254,3 +254,8 @@ def small_digits() -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
     part = {"pixel_values": torch.randn(8, 1, 8, 8)}, torch.arange(8) % 2
     return ViTModel(config, add_pooling_layer=False), dict.fromkeys(("training", "validation", "test"), part)
+
+
+def test_answers_stay_text_in_markdown() -> None:
+    assert report._line("a\n*b* <i> `c` $1 | # [d](e) \\") == r"a \*b\* \<i> \`c\` &#36;1 \| \# \[d](e) " + "\\\\"
+    assert report._line(" ") == "(nothing)"
