@@ -14,7 +14,7 @@ Setup = tuple[Callable[[], None], int]  # the loop, and how many parameters it t
 
 
 def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Path) -> Setup:
-    """`llama-adapter finetune`: its loop, its defaults but for the rows of a step."""
+    """`llama-adapter finetune`: its loop, its defaults but for the rows of a step and how many of them go at a time."""
     from transformers import TrainerCallback
 
     from llama_adapter_kernels.training import loop
@@ -27,7 +27,9 @@ def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: P
         prefix_length=LENGTH, layers=layers, batch_size=race.rows, max_steps=race.steps, dtype=race.dtype,
         max_length=MAX_LENGTH,
     )  # fmt: skip
-    execution = Execution(on_cpu=True, tensorboard=False, progress_bar=False, save_steps=10**6)
+    execution = Execution(
+        micro_batch_size=race.rows_at_once, on_cpu=True, tensorboard=False, progress_bar=False, save_steps=10**6
+    )
     plan = loop.plan_steps(examples, settings)
 
     class Turns(TrainerCallback):

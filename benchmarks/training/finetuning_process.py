@@ -28,7 +28,7 @@ class Race:
 
     Args:
         rows: of a step.
-        rows_at_once: of a padded forward pass; a step adds up rows / rows_at_once of them.
+        rows_at_once: of a forward pass; a step adds up rows / rows_at_once of them.
         bin_tokens: of one of TRL's packed bins; a step adds up as many bins as hold about `rows` rows.
     """
 
