@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llama_adapter_kernels as lak
-from llama_adapter_kernels.training.loop import device_of, layers_with_gradients, plan_steps
-from llama_adapter_kernels.training.memory import MemoryEstimate, estimate_memory, fitting_tokens, keep_words_frozen
+from llama_adapter_kernels.training.loop import device_of, plan_steps
+from llama_adapter_kernels.training.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    fitting_tokens,
+    layers_with_gradients,
+    recompute,
+)
 from llama_adapter_kernels.training.packing import StepPlan, pack
 from llama_adapter_kernels.training.settings import Execution, Settings
 from llama_adapter_kernels.training.tokens import Example
@@ -35,7 +40,6 @@ class Packing:
 
 def rehearse(
     network: Any,
-    adapter: "lak.ZeroGateAdapter",
     examples: Sequence[Example],
     held_out: Sequence[Example],
     settings: Settings,
@@ -44,7 +48,7 @@ def rehearse(
     """What a run will be, in words. One micro-batch of it is computed, twice, for the time that it takes."""
     plan = plan_steps(examples, settings)
     device, processes = device_of(execution), int(os.environ.get("WORLD_SIZE", "1"))
-    layers = layers_with_gradients(network, adapter)
+    layers = len(layers_with_gradients(network))
     capacity = execution.tokens_per_micro_batch or max(
         fitting_tokens(network, layers, device, low=execution.low_memory), plan.longest
     )
@@ -94,8 +98,7 @@ def seconds_per_micro_batch(
     chosen = next(hand for hand in plan.hands(0, packing.micro_batches) if hand)
     network.to(device).train()
     if execution.low_memory:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        keep_words_frozen(network)
+        recompute(network)
     batch = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in pack([examples[i] for i in chosen]).items()

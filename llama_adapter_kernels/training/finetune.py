@@ -111,9 +111,9 @@ def run_task(task: Task, settings: Settings, execution: Execution) -> Outcome | 
     if fused:
         fuse_parts(network)
     if task.dry_run:
-        adapter = attach(network, settings)
+        attach(network, settings)
         attach_senses(network, ready.encoder, settings, execution)
-        return rehearse(network, adapter, ready.examples, ready.held_out, settings, execution)
+        return rehearse(network, ready.examples, ready.held_out, settings, execution)
     run = {
         "model": task.model,
         "base_sha256": weights_fingerprint(task.model),

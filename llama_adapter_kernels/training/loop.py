@@ -12,7 +12,7 @@ import llama_adapter_kernels as lak
 from llama_adapter_kernels.devices import pick_device
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training.checkpoints import CHECKPOINT, last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.memory import fitting_tokens
+from llama_adapter_kernels.training.memory import fitting_tokens, layers_with_gradients, recompute
 from llama_adapter_kernels.training.packing import StepDataset, StepPlan
 from llama_adapter_kernels.training.preparation import check_budgets
 from llama_adapter_kernels.training.run_folder import RUN_FILE, remember_capacity, remembered_capacity
@@ -63,7 +63,7 @@ def train(
         UserError: as `finetune`.
     """
     import torch
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
 
     from llama_adapter_kernels.training import callbacks as reporting
@@ -88,7 +88,6 @@ def train(
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.max_gradient_norm,
         fp16=next(network.parameters()).dtype == torch.float16,  # scales the loss, or gradients would underflow
-        **_checkpointing(TrainingArguments, execution),
         logging_steps=execution.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -106,7 +105,9 @@ def train(
         shard_frozen(network, arguments.device)
     elif execution.shard:
         log.warning("--shard: there is one process, which has all of the model; torchrun starts several")
-    micro_batches = micro_batches_of(plan, network, adapter, execution, arguments, output, checkpoint)
+    if execution.low_memory:
+        recompute(network)
+    micro_batches = micro_batches_of(plan, network, execution, arguments, output, checkpoint)
     longest = compiled(network, max(map(len, [*examples, *held_out]))) if execution.compile else None
     dataset = StepDataset(examples, plan, micro_batches, longest)
     total_steps = plan.total_steps
@@ -203,9 +204,8 @@ def device_of(execution: Execution) -> Any:
 
 
 def micro_batches_of(
-    plan: StepPlan, network: Any, adapter: "lak.ZeroGateAdapter", execution: Execution, arguments: Any, output: Path,
-    checkpoint: Path | None,
-) -> int:  # fmt: skip
+    plan: StepPlan, network: Any, execution: Execution, arguments: Any, output: Path, checkpoint: Path | None
+) -> int:
     """Into how many micro-batches each step is dealt out, over all processes."""
     processes = int(arguments.world_size)
     if execution.micro_batch_size is not None:
@@ -215,18 +215,12 @@ def micro_batches_of(
         capacity = remembered_capacity(output) if checkpoint else None
     if capacity is None:
         fitting = fitting_tokens(
-            network, layers_with_gradients(network, adapter), arguments.device, low=execution.low_memory
+            network, len(layers_with_gradients(network)), arguments.device, low=execution.low_memory
         )
         capacity = max(least_of_processes(fitting, arguments.device), plan.longest)
     if arguments.process_index == 0 and (output / RUN_FILE).exists():
         remember_capacity(output, capacity)
     return plan.micro_batches(capacity, processes)
-
-
-def layers_with_gradients(network: Any, adapter: "lak.ZeroGateAdapter") -> int:
-    """How many layers keep activations: the lowest adapted one and those above it."""
-    lowest = min(map(int, adapter.layers), default=0)
-    return int(network.config.get_text_config().num_hidden_layers) - lowest
 
 
 def compiled(network: Any, longest: int) -> int:
@@ -258,11 +252,3 @@ def least_of_processes(number: int, device: Any) -> int:
 def warmup_steps(settings: Settings, steps_per_epoch: float, total_steps: int) -> int:
     """Steps of the linear warm-up; at most two fifths, as in the recipe, where a run is shorter than its warm-up."""
     return min(round(settings.warmup_epochs * steps_per_epoch), round(0.4 * total_steps))
-
-
-def _checkpointing(arguments: Any, execution: Execution) -> dict[str, Any]:
-    """transformers has renamed gradient checkpointing; either name, and neither where it is not asked for."""
-    if not execution.low_memory:
-        return {}
-    name = "activation_checkpointing" if hasattr(arguments, "activation_checkpointing") else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -1,7 +1,12 @@
 """How much memory a training step takes, and how many tokens at a time therefore fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+
+from llama_adapter_kernels.integrations.target import find_target, layers_of
 
 # More tokens at a time keep a GPU busier up to about here; a CPU gains nothing beyond caches full of them.
 MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -27,6 +32,29 @@ def activation_bytes(config: Any, adapted_layers: int, itemsize: int, *, low: bo
     layer = 2 * 4 * hidden + itemsize * (attention + 3 * config.intermediate_size)
     kept: int = layer + itemsize * hidden * adapted_layers if low else layer * adapted_layers
     return kept
+
+
+def layers_with_gradients(network: Any) -> Sequence[nn.Module]:
+    """The layers that keep activations: the lowest one with something to train, and those above it."""
+    layers = layers_of(find_target(network))
+    trained = (any(p.requires_grad for p in layer.parameters()) for layer in layers)
+    lowest = next((number for number, found in enumerate(trained) if found), len(layers))
+    return layers[lowest:]
+
+
+def recompute(network: Any) -> None:
+    """Activations are computed again in the backward pass: a layer that has gradients keeps its input alone.
+
+    The layers below need no such thing: they keep nothing by themselves.
+    """
+    # transformers has renamed it.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    keep_words_frozen(network)
+    kept = set(layers_with_gradients(network))
+    for layer in layers_of(find_target(network)):
+        if layer not in kept:
+            layer.gradient_checkpointing = False
 
 
 @dataclass(frozen=True)

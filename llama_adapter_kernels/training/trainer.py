@@ -31,7 +31,6 @@ from llama_adapter_kernels.training.checkpoints import (
 )
 from llama_adapter_kernels.training.held_out import Best, HeldOut
 from llama_adapter_kernels.training.loss import response_loss
-from llama_adapter_kernels.training.memory import keep_words_frozen
 from llama_adapter_kernels.training.packing import StepDataset
 from llama_adapter_kernels.training.sharding import is_sharded
 
@@ -135,7 +134,6 @@ class AdapterTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """A base model in pieces is none for accelerate, whose DDP refuses them: this one averages the adapter alone."""
-        keep_words_frozen(model)
         if not (training and is_sharded(model)):
             wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
             return wrapped
