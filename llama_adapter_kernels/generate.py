@@ -210,11 +210,13 @@ def adapter_folder(adapter: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if adapter.is_dir():
-        return adapter
-    if not hub.is_hub_name(str(adapter)):
+    try:
+        folder = hub.adapter_place(adapter)
+    except FileNotFoundError as error:
+        raise UserError(f"--adapter {error}") from error
+    if not folder.is_dir():
         raise UserError(f"--adapter {adapter}: no such folder")
-    return hub.adapter_folder(str(adapter))
+    return folder
 
 
 def read_instructions(path: Path) -> list[Row]:

@@ -60,24 +60,30 @@ def dataset_folder(name: str, suffixes: tuple[str, ...]) -> Path:
         raise UserError(f"--data {name}: no such file or folder, and not from the hub either: {why(error)}") from error
 
 
-def adapter_folder(name: str) -> Path:
-    """The files of an adapter on the hub, in a local folder.
+def adapter_place(path: str | os.PathLike[str]) -> Path:
+    """The file or folder of an adapter; of one that is on the hub under that name, the folder that its files are in then.
 
     Raises:
-        UserError: there is none, or no way to the hub.
+        FileNotFoundError: it may be a name on the hub, and there is none or no way there.
     """
+    name = os.fspath(path)
+    if not is_hub_name(name):
+        return Path(path)
     from huggingface_hub import snapshot_download
 
     try:
         if not any(is_cached(name, file) for file in ("zero_gate_adapter.json", "adapter_config.json")):
             check_reachable()
         return Path(snapshot_download(name, local_files_only=is_offline()))
-    except Exception as error:
-        raise UserError(f"--adapter {name}: no such folder, and not from the hub either: {why(error)}") from error
+    except Exception as error:  # what clients of a network raise is of every kind
+        raise FileNotFoundError(f"{name}: no such folder, and not from the hub either: {why(error)}") from error
 
 
-def check_upload(name: str) -> None:
+def check_upload(name: str, argument: str = "push_to_hub") -> None:
     """Finds out whether an upload will be possible, before hours are spent on what shall be uploaded.
+
+    Args:
+        argument: that named the repository, for messages.
 
     Raises:
         UserError: the name is none, nobody is logged in, the owner is somebody else, or there is no way to the hub.
@@ -85,23 +91,23 @@ def check_upload(name: str) -> None:
     from huggingface_hub import HfApi
 
     if not _NAME.fullmatch(name):
-        raise UserError(f"--push-to-hub: expected owner/name, got {name!r}")
+        raise UserError(f"{argument}: expected owner/name, got {name!r}")
     try:
         check_reachable()
         me: dict[str, Any] = HfApi().whoami()
     except Exception as error:
-        raise UserError(f"--push-to-hub {name}: {why(error)}") from error
+        raise UserError(f"{argument} {name}: {why(error)}") from error
     owners = [me["name"], *(one["name"] for one in me.get("orgs", ()))]
     owner = name.partition("/")[0]
     if owner not in owners:
-        raise UserError(f"--push-to-hub {name}: expected a repository of {' or '.join(owners)}, got one of {owner}")
+        raise UserError(f"{argument} {name}: expected a repository of {' or '.join(owners)}, got one of {owner}")
 
 
-def upload(folder: Path, name: str) -> str:
+def upload(folder: Path, name: str, argument: str = "push_to_hub") -> str:
     """Uploads the adapter in a run's folder with its model card. Returns where it is.
 
     Raises:
-        UserError: it did not work; the adapter is in the folder all the same.
+        UserError: it did not work.
     """
     from huggingface_hub import HfApi
 
@@ -112,9 +118,30 @@ def upload(folder: Path, name: str) -> str:
             repo_id=name, folder_path=folder, ignore_patterns=_NOT_UPLOADED, commit_message="The adapter and its card"
         )  # fmt: skip
     except Exception as error:
-        again = f"huggingface_hub.HfApi().upload_folder(repo_id={name!r}, folder_path={str(folder)!r}) repeats it"
-        raise UserError(f"--push-to-hub {name}: {why(error)}; the adapter is saved in {folder}, {again}") from error
+        raise UserError(f"{argument} {name}: {why(error)}") from error
     return str(address)
+
+
+def card(name: str, model_type: str, parameters: int) -> str:
+    """The README.md of an adapter of which nothing is known but itself."""
+    return f"""---
+library_name: llama-adapter-kernels
+tags:
+- llama-adapter
+- zero-init-attention
+---
+
+# A LLaMA-Adapter for a {model_type} model
+
+{parameters:,} parameters of zero-init attention ([LLaMA-Adapter](https://arxiv.org/abs/2303.16199)). The frozen model that
+they belong to is not part of them; loading says which sizes it has to have.
+
+```python
+import llama_adapter_kernels as lak
+
+lak.load_adapter(model, "{name}")
+```
+"""
 
 
 def is_offline() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_adapter_kernels import hub
 from llama_adapter_kernels.adapters.state import AdapterState
 from llama_adapter_kernels.formats import accessory, litgpt, litgpt_writing, native, official, peft
 from llama_adapter_kernels.formats.files import listed
@@ -79,7 +80,7 @@ def read_adapter(path: str | os.PathLike[str], format: str = "auto", choices: Ch
     """An adapter of any format, as it is in memory.
 
     Args:
-        path: a file or folder.
+        path: a file or folder, or the name of a repository on the Hugging Face hub.
         format: "native", a key of FORMATS, or "auto": recognised by the keys of its tensors.
         choices: what the file does not say.
 
@@ -87,7 +88,7 @@ def read_adapter(path: str | os.PathLike[str], format: str = "auto", choices: Ch
         OSError: it cannot be read.
         ValueError: it is of no known format or not of this one, its parts do not fit each other, or it lies.
     """
-    place, choices = Path(path), choices or Choices()
+    place, choices = hub.adapter_place(path), choices or Choices()
     if format not in ("auto", "native", *FORMATS):
         raise ValueError(f"format: expected auto, native, {', '.join(FORMATS)}, got {format!r}")
     if format == "native" or (format == "auto" and native.is_native(place)):

@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from llama_adapter_kernels import hub
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.layer import AdapterLayer
 from llama_adapter_kernels.adapters.state import AdapterState
@@ -96,6 +98,22 @@ class ZeroGateAdapter(nn.Module):
             native.write(path, state)
             for write in self.companions:
                 write(Path(path))
+
+    def push_to_hub(self, name: str) -> str:
+        """Saves the adapter in a repository of the Hugging Face hub, with a card. Returns its address.
+
+        Args:
+            name: owner/name; created where there is none of that name.
+
+        Raises:
+            UserError: nobody is logged in, the owner is somebody else, or there is no way to the hub.
+            ValueError: as for `save_pretrained`.
+        """
+        hub.check_upload(name)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(hub.card(name, self.base["model_type"], self.num_parameters()))
+            return hub.upload(Path(folder), name)
 
     def load_tensors(self, state: AdapterState, source: str) -> None:
         """Fills prompts and gates from `state`; `source` names it in messages.

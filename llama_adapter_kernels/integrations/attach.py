@@ -105,7 +105,7 @@ def load_adapter(
 
     Args:
         model, name, trainable: as for `attach_adapter`.
-        path: a folder or file.
+        path: a folder or file, or the name of a repository on the Hugging Face hub.
         format: "native", one of docs/formats.md, or "auto": recognised by the names of its tensors.
         gate: "tanh" or "identity", for official V1 files. None: tanh.
         prefix_length: P, for files that have only P times the number of layers.

@@ -39,6 +39,8 @@ from llama_adapter_kernels.training.tokens import Example, tokenize
 
 log = logging.getLogger(__name__)
 
+_UPLOAD = "--push-to-hub"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -103,7 +105,7 @@ def run_task(task: Task, settings: Settings, execution: Execution) -> Outcome | 
             with claim(task.output):  # or another process is training into it
                 pass
         if execution.push_to_hub is not None:
-            hub.check_upload(execution.push_to_hub)
+            hub.check_upload(execution.push_to_hub, _UPLOAD)
     ready = prepare(task, settings, execution)
     settings = ready.settings
     network = load_model(task.model, pick_dtype(_weights(settings), on_cpu=execution.on_cpu))
@@ -144,7 +146,7 @@ def run_task(task: Task, settings: Settings, execution: Execution) -> Outcome | 
         if main_process and outcome.finished:
             write_card(task, settings, asked, outcome)
             if execution.push_to_hub is not None:
-                log.info("uploaded to %s", hub.upload(output, execution.push_to_hub))
+                upload(output, execution.push_to_hub)
     return outcome
 
 
@@ -202,6 +204,19 @@ def note_config(task: Task, settings: Settings, execution: Execution) -> None:
         write_config(task.output, task, settings, execution)
     except OSError as error:
         raise UserError(f"{task.output}: {error.strerror}") from None
+
+
+def upload(folder: Path, name: str) -> None:
+    """Uploads a finished run's adapter.
+
+    Raises:
+        UserError: it did not work.
+    """
+    try:
+        log.info("uploaded to %s", hub.upload(folder, name, _UPLOAD))
+    except UserError as error:
+        again = f"llama_adapter_kernels.hub.upload({str(folder)!r}, {name!r}) repeats it"
+        raise UserError(f"{error}; the adapter is saved in {folder}, {again}") from error
 
 
 def _weights(settings: Settings) -> str:

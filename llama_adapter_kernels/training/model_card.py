@@ -33,7 +33,6 @@ def model_card(task: Task, settings: Settings, execution: Execution, outcome: Ou
     rows = "\n".join(f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in shown.items())
     made = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items() if version)
     where = execution.push_to_hub or "FOLDER"
-    folder = f'snapshot_download("{where}")' if execution.push_to_hub else '"FOLDER"'
     command = f"llama-adapter chat --model {base} --adapter {where}"
     return f"""---
 library_name: llama-adapter-kernels
@@ -50,11 +49,10 @@ base model is not part of it.
 
 ```python
 import llama_adapter_kernels as lak
-{"from huggingface_hub import snapshot_download" + chr(10) if execution.push_to_hub else ""}from transformers import \
-AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
-lak.load_adapter(model, {folder})
+lak.load_adapter(model, "{where}")
 ```
 
 or `{command}`.

@@ -53,7 +53,7 @@ class Settings:
     """Everything that decides the result of a run; a resumed run must have the same. Defaults: the paper's recipe."""
 
     prefix_length: int = _option(10, "Prompt tokens per layer.")
-    layers: int | None = _option(None, "Topmost layers with prompts.  [default: all but the lowest 2]")
+    layers: int | None = _option(None, "Topmost layers with prompts. (default: all but the lowest 2)")
     gate: str = _option("tanh", "tanh or identity.")
     gate_shape: str = _option("head", "head or scalar.")
     v2: bool = _option(False, "Tune bias, scale, norms and a LoRA besides (LLaMA-Adapter V2).", flag=True)
@@ -68,15 +68,15 @@ class Settings:
     betas: tuple[float, float] = _option((0.9, 0.95), "AdamW's.")
     max_gradient_norm: float = _option(0.0, "Clip the gradient's norm; 0: never.")
     max_length: int | None = _option(
-        None, "Tokens; longer examples are truncated.  [default: 512, at most the model's context]"
+        None, "Tokens; longer examples are truncated. (default: 512, at most the model's context)"
     )
     eval_fraction: float | None = _option(None, "Or hold out this part of --data.")
-    eval_steps: int | None = _option(None, "Between held-out losses.  [default: an epoch]")
+    eval_steps: int | None = _option(None, "Between held-out losses. (default: an epoch)")
     early_stopping: int | None = _option(None, "Stop after so many held-out losses without a new best.")
     template: str = _option("auto", "alpaca, chat (the tokenizer's), or auto: chat where rows are chats.")
     dtype: str = _option(
-        "auto", "Of the base model's weights: float32, bfloat16 or float16; prompts and gates stay float32.  [auto: "
-        "float32 on a CPU, bfloat16 on a GPU]"
+        "auto", "Of the base model's weights: float32, bfloat16 or float16; prompts and gates stay float32 (auto: "
+        "float32 on a CPU, bfloat16 on a GPU)."
     )  # fmt: skip
     autocast: bool = _option(
         False,
@@ -107,7 +107,7 @@ class Execution:
     """How a run is carried out: changes speed, memory and what is written, the results by rounding only."""
 
     tokens_per_micro_batch: int | None = _option(
-        None, "Tokens per process at a time.  [default: what memory has room for]"
+        None, "Tokens per process at a time. (default: what memory has room for)"
     )
     micro_batch_size: int | None = _option(None, "Or examples per process at a time, on average.")
     device: str = _option("auto", "cpu, cuda, cuda:N, mps or another device of torch; auto: a GPU where there is one.")
@@ -117,9 +117,9 @@ class Execution:
     shard: bool = _option(False, "Split the frozen model over the processes of torchrun (FSDP2).", flag=True)
     compile: bool = _option(False, "torch.compile the model: minutes at first, faster steps after.", flag=True)
     liger: bool | None = _option(
-        None, "liger-kernel's norms, rotations and SwiGLU.  [default: on a GPU, where it is installed]"
+        None, "liger-kernel's norms, rotations and SwiGLU. (default: on a GPU, where it is installed)"
     )
-    save_steps: int | None = _option(None, "Between checkpoints.  [default: an epoch, at most 500]")
+    save_steps: int | None = _option(None, "Between checkpoints. (default: an epoch, at most 500)")
     keep_checkpoints: int = _option(2, "Older ones are removed.")
     log_steps: int = _option(10, "Steps between logged losses.")
     report_to: str = _option("auto", "csv, tensorboard, wandb, with commas between; none; auto: csv, and tensorboard "

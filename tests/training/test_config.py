@@ -157,6 +157,12 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert "batch_size" not in values  # tokens_per_step decides
 
 
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    options = read_config(written(tmp_path, text.partition("```yaml")[2].partition("```")[0]))
+    assert options["tokens_per_step"] == 32768
+
+
 def test_a_file_that_cannot_be_written_is_one_sentence(
     tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

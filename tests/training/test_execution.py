@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import llama_adapter_kernels as lak
 from llama_adapter_kernels import devices, hub
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model
@@ -235,6 +236,27 @@ def test_an_upload_that_cannot_be_is_refused_before_training(
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused("me/a", "--push-to-hub me/a: HF_HUB_OFFLINE is set$")
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(
+    tiny_model: Path, tmp_path: Path, fake_hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    network = load_model(str(tiny_model), torch.float32)
+    adapter = lak.attach_adapter(network, lak.AdapterConfig(num_layers=2))
+    assert adapter.push_to_hub("me/mine") == "https://hub/me/mine"
+    assert fake_hub.uploaded["files"] == {"adapter.safetensors", "zero_gate_adapter.json", "README.md"}
+    with pytest.raises(UserError, match="push_to_hub: expected owner/name, got 'mine'"):
+        adapter.push_to_hub("mine")
+    adapter.save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
+    again = lak.load_adapter(load_model(str(tiny_model), torch.float32), "me/mine")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), adapter.parameters(), strict=True))
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="me/yours: no such folder, and not from the hub either: HF_HUB_OFFL"):
+        lak.load_adapter(load_model(str(tiny_model), torch.float32), "me/yours")
 
 
 def test_names_on_a_hub_that_is_not_there(
