@@ -79,8 +79,7 @@ def attach(
         attachment.add(name, adapter)
         tuning.connect(target, parts, name, attachment)
         return adapter
-    attachment = _connect(target, trainable)
-    attachment.manager = manager
+    attachment = _connect(target, trainable, manager)
     attachment.add(name, adapter)
     tuning.connect(target, parts, name, attachment)
     attachment.active, attachment.expects_training = name, True
@@ -201,13 +200,14 @@ def remove(attachment: Attachment, stem: nn.Module) -> None:
     attachment.undo, attachment.slots = [], {}  # nothing of the model stays alive through a reference cycle
 
 
-def _connect(target: Target, trainable: Sequence[str] | None) -> Attachment:
+def _connect(target: Target, trainable: Sequence[str] | None, manager: str | None) -> Attachment:
     """Prepares a model for its first adapter; nothing is left behind where that fails."""
     undo: list[Callable[[], None]] = []
     if target.config is not None:
         attachment = Attachment(target.architecture.keywords, connect.check_call)
     else:
         attachment = Attachment(keywords=False)
+    attachment.manager = manager
     try:
         before = freezing.freeze(target.outer, trainable, freezing.heads(target.model))
         undo.append(partial(freezing.restore, target.outer, before))
@@ -222,7 +222,7 @@ def _connect(target: Target, trainable: Sequence[str] | None) -> Attachment:
                 _change_class(module, target.architecture.compute())
         if target.config is not None:
             undo += connect.connect(target)
-            undo += methods.exchange(target)
+            undo += methods.exchange(target) if manager is None else methods.refuse_implementations(target, "unload()")
         undo += quantised.keep_layout(target.outer)
         undo.append(partial(hooks.remove, target.stem))
         hooks.register(target.stem, attachment.keywords)

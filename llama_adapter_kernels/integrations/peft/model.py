@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ BASE = "__base__"  # PEFT's name for no adapter
 class ZeroGateModel(BaseTuner):
     """Adapters of `attach_adapter` in a model whose books PEFT keeps."""
 
-    prefix = f"{SLOT}."
+    prefix = SLOT  # transformers puts the adapter's name behind the part of a key that begins like this
     tuner_layer_cls = PeftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
@@ -81,10 +81,13 @@ class ZeroGateModel(BaseTuner):
         Raises:
             ValueError: there is no such adapter, or a forward pass with `adapter_names` uses it.
         """
-        attachment, _ = attachment_of(self.model)
-        if adapter_name in attachment.adapters:
-            attachment.remove(adapter_name)
-        super().delete_adapter(adapter_name)
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        attachment_of(self.model)[0].remove(adapter_name)
+        del self.peft_config[adapter_name]
+        # What lies within our layers is skipped by its name.
+        left = delete_adapter(self.model, adapter_name, prefix=f"{SLOT}.", layer_cls=PeftLayer)
+        self.active_adapter = left or []
 
     def unload(self) -> nn.Module:
         """The base model without adapters. Where the active one has `modules_to_save` those stay, as with PEFT's methods."""
