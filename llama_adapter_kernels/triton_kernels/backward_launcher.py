@@ -219,6 +219,6 @@ def _words(
         )  # fmt: skip
 
     phases = ("backward_keys", "backward_queries")
-    default = tuple(tile_for(phase, q.dtype, size.head_dim, q.device) for phase in phases)
+    default = tuple(tile_for(phase, q.dtype, size.head_dim, q.device, size.tokens) for phase in phases)
     kind = kind_of("backward_words", q, size.seq_q, inputs.is_causal, size.tokens)
     launch(choose(kind, q.device, default, is_forced(*phases), launch))

@@ -59,7 +59,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             ALIGNMENT=alignment(q, k, v, kp, vp, output),
         )  # fmt: skip
 
-    default = (tile_for("forward", query.dtype, size.head_dim, query.device),)
+    default = (tile_for("forward", query.dtype, size.head_dim, query.device, size.tokens),)
     kind = kind_of("forward", query, size.seq_q, is_causal, size.tokens)
     launch(choose(kind, query.device, default, is_forced("forward"), launch))
     if not size.tokens:

@@ -82,6 +82,14 @@ _SINGLE: dict[str, dict[int, Tile]] = {
     "decode": {128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
 
+# Packed sequences of about a hundred tokens: fewer keys at a time, of which fewer belong to a neighbour. Races on an H100.
+_TOKENS: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm90": {
+        "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 4, 4)},
+        "backward_keys": {64: Tile(128, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
+    },
+}
+
 _forced: dict[str, Tile] = {}
 
 
@@ -111,9 +119,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def table_entry(phase: str, dtype: torch.dtype, head_dim: int, card: str) -> Tile:
-    entries = _SINGLE[phase] if dtype == torch.float32 else _HALF[card][phase]
-    return next(tile for limit, tile in entries.items() if head_dim <= limit)
+def table_entry(phase: str, dtype: torch.dtype, head_dim: int, card: str, tokens: bool = False) -> Tile:
+    """tokens: a packed axis in full tiles."""
+    tables = [_SINGLE[phase]] if dtype == torch.float32 else [_HALF[card][phase]]
+    if tokens and dtype != torch.float32:
+        tables.insert(0, _TOKENS.get(card, {}).get(phase, {}))
+    return next(tile for entries in tables for limit, tile in entries.items() if head_dim <= limit)
 
 
 def is_forced(*phases: str) -> bool:
@@ -122,10 +133,10 @@ def is_forced(*phases: str) -> bool:
     return not chosen.isdisjoint(phases)
 
 
-def tile_for(phase: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Tile:
+def tile_for(phase: str, dtype: torch.dtype, head_dim: int, device: torch.device, tokens: bool = False) -> Tile:
     """The tile for one launch: forced by `use_tiles`, by the environment, or from the table."""
     forced = _forced.get(phase) or _from_environment(os.environ.get(TILES_VARIABLE, "")).get(phase)
-    return forced or table_entry(phase, dtype, head_dim, family(capability(device)))
+    return forced or table_entry(phase, dtype, head_dim, family(capability(device)), tokens)
 
 
 @functools.cache
