@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama_adapter_kernels import hub
 from llama_adapter_kernels.adapters.state import AdapterState
-from llama_adapter_kernels.formats import accessory, litgpt, litgpt_writing, native, official, peft
+from llama_adapter_kernels.formats import accessory, litgpt, litgpt_writing, native, official, peft, peft_method
 from llama_adapter_kernels.formats.files import listed
 from llama_adapter_kernels.formats.meta_names import MetaKeys, sort_keys
 from llama_adapter_kernels.formats.opening import open_source
@@ -67,6 +67,9 @@ FORMATS: Mapping[str, Format] = {
         "LLaMA2-Accessory", lambda s, k: "prefix" in k.rest and "prefix_gate" in k.rest, accessory.read
     ),
     "peft": Format("PEFT ADAPTION_PROMPT", lambda s, k: peft.matches(set(s.shapes)), peft.read),
+    "peft-zero-gate": Format(
+        "lak.ZeroGateConfig, saved by PEFT", lambda s, k: peft_method.matches(s), peft_method.read
+    ),
     "litgpt": Format("LitGPT or lit-llama", lambda s, k: litgpt.matches(set(s.shapes)), litgpt.read),
 }
 WRITERS: Mapping[str, Callable[[Path, AdapterState], tuple[str, ...]]] = {
