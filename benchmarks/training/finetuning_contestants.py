@@ -10,13 +10,11 @@ from torch import nn
 from benchmarks.training.finetuning_process import MAX_LENGTH, Gate, Race
 
 LENGTH, LAYERS_LEFT_OUT, RANK = 10, 2, 8  # of prompts, of layers below the lowest adapted one, of LoRA
-Setup = tuple[Callable[[], None], int]  # the loop, and how many parameters it trains
+Setup = tuple[Callable[[], Any], int]  # the loop, and how many parameters it trains
 
 
 def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Path) -> Setup:
     """`llama-adapter finetune`: its loop, its defaults but for the rows of a step and how many of them go at a time."""
-    from transformers import TrainerCallback
-
     from llama_adapter_kernels.training import loop
     from llama_adapter_kernels.training.preparation import attach
     from llama_adapter_kernels.training.settings import Execution, Settings
@@ -31,22 +29,17 @@ def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: P
         micro_batch_size=race.rows_at_once, on_cpu=True, tensorboard=False, progress_bar=False, save_steps=10**6
     )
     plan = loop.plan_steps(examples, settings)
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            gate.before_step()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            gate.saw(plan.tokens(plan.step(state.global_step - 1)))
-            gate.after_step()
-
+    turns = _turns(gate, lambda step: plan.tokens(plan.step(step)))
     adapter = attach(model, settings)
-    return lambda: loop.train(model, adapter, examples, folder, settings, execution, callbacks=[Turns()]) and None, (
-        adapter.num_parameters()
-    )
+
+    def run() -> None:
+        loop.train(model, adapter, examples, folder, settings, execution, callbacks=[turns])
+
+    return run, adapter.num_parameters()
 
 
-def _trainer_turns(gate: Gate) -> Any:
+def _turns(gate: Gate, tokens: Callable[[int], int] = lambda step: 0) -> Any:
+    """A callback of transformers' Trainer that waits before every step, and reports it with what `tokens` says it saw."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -54,6 +47,7 @@ def _trainer_turns(gate: Gate) -> Any:
             gate.before_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            gate.saw(tokens(state.global_step - 1))
             gate.after_step()
 
     return Turns()
@@ -90,9 +84,9 @@ def _trainer(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folde
         gradient_accumulation_steps=race.rows // race.rows_at_once,
     )  # fmt: skip
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[_trainer_turns(gate)])
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[_turns(gate)])
     _count(model, gate)
-    return lambda: trainer.train() and None, _trainable(model)
+    return trainer.train, _trainable(model)
 
 
 def adaption_prompt(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Path) -> Setup:
@@ -128,10 +122,10 @@ def trl(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Pa
     )  # fmt: skip
     trainer = SFTTrainer(
         model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora_config(),
-        callbacks=[_trainer_turns(gate)],
+        callbacks=[_turns(gate)],
     )  # fmt: skip
     _count(trainer.model, gate)
-    return lambda: trainer.train() and None, _trainable(trainer.model)
+    return trainer.train, _trainable(trainer.model)
 
 
 def litgpt(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Path) -> Setup:
