@@ -66,16 +66,21 @@ def find_target(outer: Any) -> Target:
     reason = architecture.refuse(config) if architecture.refuse is not None else None
     if reason is not None:
         raise ValueError(f"model: a {kind} of this configuration cannot take an adapter: {reason}")
-    if getattr(config, "output_attentions", False):
-        raise ValueError(
-            "config.output_attentions: expected False (the probabilities never exist as a tensor), got True"
-        )
+    refuse_probabilities(config)
     stem = _at(base, architecture.stem) if architecture.stem and hasattr(base, architecture.stem) else base
     attentions = _attention_modules(stem, architecture)
     heads = architecture.heads(attentions[0] if config is None else config)
     _check(model, attentions, architecture, heads)
     hidden_size = attentions[0].qkv.in_features if config is None else int(config.hidden_size)
     return Target(outer, model, stem, attentions, architecture, heads, hidden_size, config)
+
+
+def refuse_probabilities(config: Any) -> None:
+    """Raises ValueError if a model is configured to return the probabilities of its attention."""
+    if getattr(config, "output_attentions", False):
+        raise ValueError(
+            "config.output_attentions: expected False (the probabilities never exist as a tensor), got True"
+        )
 
 
 def execution_device(module: nn.Module) -> torch.device:

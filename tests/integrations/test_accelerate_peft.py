@@ -229,6 +229,20 @@ def another_architecture() -> Any:
     return model
 
 
+def of_another_class() -> Any:
+    model = prompted()
+    module = model.base_model.model.model.layers[2].self_attn
+    module.__class__ = type("Changed", (type(module),), {})
+    return model
+
+
+def with_probabilities() -> Any:
+    model = prompted()
+    model.base_model.model.config._attn_implementation = "eager"
+    model.base_model.model.config.output_attentions = True
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:attaching an adapter")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -237,6 +251,8 @@ def another_architecture() -> Any:
         (base_model, "model: expected a PEFT model with AdaptionPrompt, got a LlamaForCausalLM"),
         (lambda: "folder", "model: expected a PEFT model with AdaptionPrompt, got str"),
         (another_architecture, "model: expected one of llama, mistral, gpt2, got qwen2"),
+        (of_another_class, "model: expected PEFT's own modules of AdaptionPrompt, got Changed"),
+        (with_probabilities, r"config\.output_attentions: expected False"),
         (with_both, "model: expected one without adapters of attach_adapter; lak.detach_adapter"),
         (lambda: lak.accelerate_peft(prompted()), "model: expected one that is not accelerated yet; lak.restore_peft"),
     ],

@@ -11,7 +11,7 @@ from llama_adapter_kernels.integrations.generations import Generations, new_toke
 from llama_adapter_kernels.integrations.peft import fused_prompt
 from llama_adapter_kernels.integrations.registry import find_architecture
 from llama_adapter_kernels.integrations.slot import ROUTING, Routing
-from llama_adapter_kernels.integrations.target import Target
+from llama_adapter_kernels.integrations.target import Target, refuse_probabilities
 from llama_adapter_kernels.integrations.transformers import connect, methods
 
 ACCELERATED = "_zero_gate_peft"  # of the module whose forward passes the prompts take part in
@@ -41,10 +41,14 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
     if hasattr(stem, ACCELERATED):
         raise ValueError(f"model: expected one that is not accelerated yet; {_UNDO} takes that back")
     target = _target(tuner)
+    modules = (tuner, *_adapted(tuner))
+    for module in modules:
+        if type(module) not in fused_prompt.FUSED:
+            raise ValueError(f"model: expected PEFT's own modules of AdaptionPrompt, got {type(module).__name__}")
     accelerated = Accelerated(*connect.connect(target), *methods.refuse_implementations(target, _UNDO))
     setattr(stem, ACCELERATED, accelerated)
     stem.register_forward_pre_hook(before_forward, with_kwargs=True)
-    for module in (tuner, *_adapted(tuner)):
+    for module in modules:
         fused_prompt.fuse(module)
     return model
 
@@ -129,6 +133,7 @@ def _target(tuner: Any) -> Target:
     if kind not in MODEL_TYPES or architecture is None:
         raise ValueError(f"model: expected one of {', '.join(MODEL_TYPES)}, got {kind}")
     stem = model.base_model
+    refuse_probabilities(model.config)
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise ValueError(
             "model: expected one without adapters of attach_adapter; lak.detach_adapter(model) comes first"
