@@ -39,6 +39,17 @@ def pick_device(name: str) -> Any:
     return device
 
 
+def chosen_device(device: str, cpu: bool) -> Any:
+    """The torch.device of a command that has `--cpu` as a short form of `--device cpu`.
+
+    Raises:
+        UserError: as `pick_device`, or both are given.
+    """
+    if cpu and device not in ("auto", "cpu"):
+        raise UserError(f"--cpu, --device {device}: expected one of them, got both")
+    return pick_device("cpu" if cpu else device)
+
+
 def _count(kind: str) -> int:
     """How many devices of a kind torch can use here."""
     import torch

@@ -29,7 +29,8 @@ def evaluate(
     batch_size: Annotated[int, Option(help="Items answered at a time.")] = 8,
     max_new_tokens: Annotated[int | None, Option(help="Tokens of an answer at most.  [default: the task's]")] = None,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
-    cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
+    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
 ) -> None:
     """Answer a benchmark and score the answers, beside the published numbers. Repeating the command goes on."""
     if (model is None) == (predictions is None):
@@ -55,7 +56,9 @@ def evaluate(
         answers = read_predictions(predictions, items)
     else:
         assert model is not None
-        answers = _ask(task, items, options, model, adapter, output, batch_size, max_new_tokens or 0, dtype, cpu)
+        answers = _ask(
+            task, items, options, model, adapter, output, batch_size, max_new_tokens or 0, dtype, device, cpu
+        )
     scores = chosen.score(items, answers, options)
     run.write_scores(output, scores, options)
     from rich.console import Console
@@ -70,25 +73,25 @@ def evaluate(
 
 def _ask(
     task: str, items: "list[Item]", options: "Options", model: str, adapter: Path | None, output: Path,
-    batch_size: int, max_new_tokens: int, dtype: str, cpu: bool,
+    batch_size: int, max_new_tokens: int, dtype: str, device: str, cpu: bool,
 ) -> list[str]:  # fmt: skip
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from llama_adapter_kernels.devices import chosen_device
     from llama_adapter_kernels.evaluation import run
     from llama_adapter_kernels.evaluation.predictions import Predictions
     from llama_adapter_kernels.evaluation.tasks import task_named
     from llama_adapter_kernels.generate import load_answerer
     from llama_adapter_kernels.models import pick_dtype
 
-    on_cpu = cpu or not torch.cuda.is_available()
-    chosen_dtype = pick_dtype(dtype, on_cpu=on_cpu, training=False)
+    place = chosen_device(device, cpu)
+    chosen_dtype = pick_dtype(dtype, on_cpu=place.type == "cpu", training=False)
     facts = run.header(
         task_named(task), items, options, model, adapter, batch_size=batch_size, max_new_tokens=max_new_tokens,
         dtype=str(chosen_dtype),
     )  # fmt: skip
     kept = Predictions(output, facts)
-    answerer = load_answerer(model, adapter, chosen_dtype, "cpu" if on_cpu else "cuda")
+    answerer = load_answerer(model, adapter, chosen_dtype, str(place))
     with Progress("answering", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         total = bar.add_task("", total=len(items))
         return run.predict(

@@ -34,7 +34,8 @@ def generate(
     template: Annotated[str, Option(help="alpaca, chat (the tokenizer's), or auto: the adapter's own.")] = "auto",
     seed: Annotated[int, Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
-    cpu: Annotated[bool, Option("--cpu", help="Use no GPU.")] = False,
+    device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
+    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
 ) -> None:
     """Answer an instruction, a file of them, or whatever you type.
 
@@ -44,15 +45,16 @@ def generate(
     _check_media(instruction, adapter, image, audio)
     import torch
 
+    from llama_adapter_kernels.devices import chosen_device
     from llama_adapter_kernels.generate import Sampling, load_answerer, read_instructions
     from llama_adapter_kernels.models import pick_dtype
     from llama_adapter_kernels.training.data import Row
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    on_cpu = cpu or not torch.cuda.is_available()
-    torch_dtype = pick_dtype(dtype, on_cpu=on_cpu, training=False)
+    place = chosen_device(device, cpu)
+    torch_dtype = pick_dtype(dtype, on_cpu=place.type == "cpu", training=False)
     rows = read_instructions(file) if file is not None else []
-    answerer = load_answerer(model, adapter, torch_dtype, "cpu" if on_cpu else "cuda", template)
+    answerer = load_answerer(model, adapter, torch_dtype, str(place), template)
     torch.manual_seed(seed)
     if file is not None:
         _answer_file(answerer, rows, sampling, batch_size, file, output)

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels import devices, hub
+from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model
 from llama_adapter_kernels.training import finetune as fine_tuning
 from llama_adapter_kernels.training.fused_parts import fuse_parts, wants_liger
+from llama_adapter_kernels.training.loss import response_loss
+from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.settings import Execution, Settings
+from llama_adapter_kernels.training.tokens import Example
 from tests.support.runs import QUIET, SHORT, run
 
 ONE_STEP = replace(SHORT, max_steps=1)
@@ -60,6 +65,19 @@ def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.pick_device("cuda") == torch.device("cuda")
     with pytest.raises(UserError, match="cuda:1: expected cuda without a number"):
         devices.pick_device("cuda:1")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_every_command_takes_a_device(command: str, tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    where = {
+        "generate": ["--instruction", "x"],
+        "evaluate": ["held_out", "--data", str(rows_file), "--output", str(tmp_path / "out")],
+    }[command]
+    for device, said in (("gpu", "expected auto, cpu"), ("cuda:99", "--cpu, --device cuda:99: expected one of them")):
+        more = ["--cpu"] if device != "gpu" else []
+        result = CliRunner().invoke(app, [command, "--model", str(tiny_model), *where, "--device", device, *more])
+        assert (result.exit_code, "Traceback" in result.output) == (2, False)
+        assert said in result.stderr
 
 
 def test_two_words_for_the_device(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -367,3 +385,25 @@ def test_liger_leaves_the_loss_alone(tiny_model: Path, monkeypatch: pytest.Monke
     assert {name for name, wanted in asked.items() if wanted} == {"rope", "rms_norm", "swiglu", "geglu"}
     assert not asked["fused_linear_cross_entropy"]
     assert not fuse_parts(SimpleNamespace(config=SimpleNamespace(model_type="unknown")))
+
+
+@pytest.mark.gpu
+def test_liger_computes_the_same_losses(tiny_model: Path) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is an extra, [gpu]")
+    batch = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in pack([Example(tuple(range(3, 67)), 20), Example(tuple(range(50, 90)), 10)]).items()
+    }
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        network = load_model(str(tiny_model), torch.float32)
+        assert not fused or fuse_parts(network)
+        adapter = lak.attach_adapter(network, lak.AdapterConfig(num_layers=3))
+        with torch.no_grad():
+            for layer in adapter.layers.values():
+                layer.gate.fill_(0.7)
+        loss, _ = response_loss(network.cuda(), batch)
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in adapter.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
