@@ -115,7 +115,7 @@ class Execution:
     memory: str = _option("auto", "low: compute activations again instead of keeping them; a third more time.")
     gradient_checkpointing: bool = _option(False, "The same as --memory low.", flag=True)
     shard: bool = _option(False, "Split the frozen model over the processes of torchrun (FSDP2).", flag=True)
-    compile: bool = _option(False, "torch.compile the model: minutes at first, faster steps after.", flag=True)
+    compile: bool = _option(False, "torch.compile the layers: a minute at first, faster steps after.", flag=True)
     liger: bool | None = _option(
         None, "liger-kernel's norms, rotations and SwiGLU. (default: on a GPU, where it is installed)"
     )

@@ -1,7 +1,5 @@
 """Options that change how a step is computed, not what it learns: compiled, recomputed, in a lower precision."""
 
-import json
-import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -35,21 +33,20 @@ def plain(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFa
 def test_a_compiled_model_gives_the_same_losses(
     tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One graph for training, one for the held-out loss, whatever the numbers of tokens and sequences."""
-    shutil.copytree(tiny_model, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))  # less to trace
-    expected = run(tmp_path / "model", rows_file, tmp_path / "plain", EVALUATED)
+    """Six graphs, whatever the numbers of layers, tokens and sequences: of the lowest adapted layer, whose input needs no
+    gradient, of those above it, and of all for the held-out loss, each for batches of one sequence and of several."""
+    settings = replace(EVALUATED, layers=3)
+    expected = run(tiny_model, rows_file, tmp_path / "plain", settings)
     monkeypatch.setattr(loop, "COMPILE_BACKEND", "eager")  # torch's graphs; making machine code of them takes minutes
     torch._dynamo.reset()
     counters.clear()
     execution = replace(QUIET, compile=True)
-    outcome = run(tmp_path / "model", rows_file, tmp_path / "run", EVALUATED, execution=execution)
+    outcome = run(tiny_model, rows_file, tmp_path / "run", settings, execution=execution)
     assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
     assert outcome.held_out_losses == pytest.approx(expected.held_out_losses, rel=1e-5)
     for name, tensor in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, rtol=1e-4, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 6
     assert not counters["graph_break"]
 
 
