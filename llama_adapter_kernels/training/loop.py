@@ -237,7 +237,7 @@ def compiled(network: Any, longest: int) -> int:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # With and without adapter, gradient of the input, gradients at all, neighbours in the batch: more than torch's 8 kinds.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         from llama_adapter_kernels.training.loss import separate_head
