@@ -82,7 +82,7 @@ def attach(
     attachment = _connect(target, trainable, manager)
     attachment.add(name, adapter)
     tuning.connect(target, parts, name, attachment)
-    attachment.active, attachment.expects_training = name, True
+    attachment.active, attachment.expects_training = name, manager is None
     return adapter
 
 

@@ -75,6 +75,26 @@ def test_a_new_process_reads_it_though_peft_comes_first(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_loading_anew_is_noticed_by_a_frozen_prefix(tmp_path: Path) -> None:
+    model = wrapped()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    opened(model, 7)
+    lak.attached_adapters(model)["default"].freeze_prefix()
+    assert not torch.allclose(logits(model), expected)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_frozen_adapter_warns_of_nothing(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(base_model(), tmp_path).train()
+    model(input_ids=TOKENS)
+    model.set_requires_grad("default")
+    assert all(parameter.requires_grad == (".zero_gate." in name) for name, parameter in model.named_parameters())
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -148,6 +148,7 @@ class ZeroGateModel(BaseTuner):
                 raise ValueError(
                     f"adapter {adapter_name!r}: expected the tensors of its configuration, it {what} {shown}"
                 )
+        attachment_of(model)[0].frozen.forget(adapter_name)
         return remapped
 
 
