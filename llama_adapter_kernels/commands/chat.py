@@ -33,6 +33,7 @@ def chat(
     seed: Annotated[int, Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
     device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
+    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
 ) -> None:
     """Talk with a model over several turns, with adapters that can be exchanged meanwhile (/adapter; /help says more).
 
@@ -48,11 +49,11 @@ def chat(
     import torch
 
     from llama_adapter_kernels.chat import BASE, Conversation
-    from llama_adapter_kernels.devices import pick_device
+    from llama_adapter_kernels.devices import chosen_device
     from llama_adapter_kernels.generate import Sampling, load_answerer
     from llama_adapter_kernels.models import pick_dtype
 
-    sampling, place = Sampling(max_new_tokens, temperature, top_p), pick_device(device)
+    sampling, place = Sampling(max_new_tokens, temperature, top_p), chosen_device(device, cpu)
     torch_dtype = pick_dtype(dtype, on_cpu=place.type == "cpu", training=False)
     talk = Conversation(load_answerer(model, None, torch_dtype, str(place), template), sampling, template, system)
     names = [talk.use(str(folder)) for folder in adapter or ()]

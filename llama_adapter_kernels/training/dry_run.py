@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_adapter_kernels.training.loop import device_of, plan_steps
+from llama_adapter_kernels.training.loop import compiled, device_of, plan_steps
 from llama_adapter_kernels.training.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -90,7 +90,7 @@ def seconds_per_micro_batch(
     network: Any, examples: Sequence[Example], plan: StepPlan, packing: Packing, settings: Settings,
     execution: Execution, device: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """(seconds of a forward and a backward pass, tokens) of the first micro-batch; the first of two passes warms up."""
+    """(seconds of both passes, tokens) of the first micro-batch, computed twice: at first it warms up, or compiles."""
     import torch
 
     from llama_adapter_kernels.training.loss import response_loss
@@ -99,9 +99,10 @@ def seconds_per_micro_batch(
     network.to(device).train()
     if execution.low_memory:
         recompute(network)
+    longest = compiled(network, plan.longest) if execution.compile else None
     batch = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in pack([examples[i] for i in chosen]).items()
+        for name, value in pack([examples[i] for i in chosen], longest).items()
     }
     seconds = 0.0
     for _ in range(2):

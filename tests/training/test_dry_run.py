@@ -88,6 +88,21 @@ def test_one_micro_batch_is_timed_as_it_will_be_computed(tiny_model: Path, rows_
     assert model.is_gradient_checkpointing == low
 
 
+def test_a_compiled_model_is_compiled_before_it_is_timed(
+    tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model_and_tokenizer(str(tiny_model), torch.float32)
+    examples = tokenize(read_rows(rows_file), tokenizer, 512)
+    settings, execution = Settings(batch_size=8), replace(QUIET, compile=True)
+    attach(model, settings)
+    plan = plan_steps(examples, settings)
+    asked: list[int] = []
+    monkeypatch.setattr(dry_run, "compiled", lambda network, longest: asked.append(longest) or longest)
+    packing = packing_of(plan, settings, execution, 10**6, 1)
+    assert dry_run.seconds_per_micro_batch(model, examples, plan, packing, settings, execution, torch.device("cpu"))
+    assert asked == [plan.longest]
+
+
 def test_memory_by_part(tiny_model: Path) -> None:
     model, _ = load_model_and_tokenizer(str(tiny_model), torch.bfloat16)
     adapter = attach(model, Settings())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 import llama_adapter_kernels as lak
@@ -24,6 +25,7 @@ from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.settings import Execution, Settings
 from llama_adapter_kernels.training.tokens import Example
+from llama_adapter_kernels.training.trainer import Arguments
 from tests.support.runs import QUIET, SHORT, run
 
 ONE_STEP = replace(SHORT, max_steps=1)
@@ -78,6 +80,21 @@ def test_every_command_takes_a_device(command: str, tiny_model: Path, rows_file:
         result = CliRunner().invoke(app, [command, "--model", str(tiny_model), *where, "--device", device, *more])
         assert (result.exit_code, "Traceback" in result.output) == (2, False)
         assert said in result.stderr
+
+
+def test_one_process_runs_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    arguments = Arguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments.place_on(torch.device("cpu"))
+    assert (arguments.device.type, arguments.n_gpu) == ("cpu", 0)
+    arguments.place_on(torch.device("cuda", 1))
+    assert arguments.device == arguments.distributed_state.device == chosen[0] == torch.device("cuda", 1)
+    arguments.place_on(torch.device("mps"))
+    assert arguments.device == torch.device("mps")
+    arguments.place_on(torch.device("cuda"))
+    assert arguments.device == torch.device("cuda", 0)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_two_words_for_the_device(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
