@@ -28,9 +28,13 @@ def freeze(model: nn.Module, keep: Sequence[str] | None, chosen: set[int]) -> di
     for pattern in keep or ():
         if not any(_matches(name, pattern) for name in before):
             raise ValueError(f"trainable: expected names of the model's parameters or modules, got {pattern!r:.120}")
-    # Where a part of the model is frozen already, what is not has been chosen to train (LoRA, bias tuning, ...). Integers,
-    # the weights of a quantised model, could not train.
-    all_train = all(before[name] for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    # Where a part of the model is frozen already, what is not has been chosen to train (LoRA, bias tuning, ...). Quantised
+    # weights, integers or tensors of their own kind, could not train.
+    all_train = all(
+        before[name]
+        for name, parameter in model.named_parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
+    )
     lost = []
     for name, parameter in model.named_parameters():
         if any(_matches(name, pattern) for pattern in keep or ()):

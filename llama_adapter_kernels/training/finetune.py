@@ -30,6 +30,7 @@ from llama_adapter_kernels.training.preparation import (
     encoder_of,
     fitted_settings,
 )
+from llama_adapter_kernels.training.quantisation import loading_options
 from llama_adapter_kernels.training.reporters import reports_of
 from llama_adapter_kernels.training.run_folder import check_output, claim, data_fingerprint, prepare_output
 from llama_adapter_kernels.training.settings import Execution, Settings, Task, check_settings
@@ -108,7 +109,8 @@ def run_task(task: Task, settings: Settings, execution: Execution) -> Outcome | 
             hub.check_upload(execution.push_to_hub, _UPLOAD)
     ready = prepare(task, settings, execution)
     settings = ready.settings
-    network = load_model(task.model, pick_dtype(_weights(settings), on_cpu=execution.on_cpu))
+    dtype = pick_dtype(_weights(settings), on_cpu=execution.on_cpu)
+    network = load_model(task.model, dtype, **loading_options(task.model, settings.quantize, dtype, device))
     check_tokens([*ready.examples, *ready.held_out], network)
     if fused:
         fuse_parts(network)

@@ -78,6 +78,9 @@ class Settings:
         "auto", "Of the base model's weights: float32, bfloat16 or float16; prompts and gates stay float32 (auto: "
         "float32 on a CPU, bfloat16 on a GPU)."
     )  # fmt: skip
+    quantize: str | None = _option(
+        None, "Quantise the frozen weights: bnb-8bit, bnb-4bit (nf4), torchao-int8 or torchao-int4."
+    )
     autocast: bool = _option(
         False,
         "Keep the weights float32 and compute matrix products in bfloat16: twice the memory for weights.",
@@ -140,6 +143,8 @@ class Execution:
         return tuple(filter(None, (name.strip() for name in self.report_to.split(","))))
 
 
+QUANTISATIONS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-int4")
+
 # Ranges by name, ends included. The upper ends are far beyond any use; they keep a slip of the finger from an overflow.
 _RANGES: dict[str, tuple[float, float]] = {
     "prefix_length": (1, 65_536), "layers": (1, 65_536), "lora_rank": (0, 65_536),
@@ -175,6 +180,10 @@ def check_settings(settings: Settings, execution: Execution) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"{option(name)}: expected {' or '.join(choices)}, got {values[name]!r}")
+    if settings.quantize is not None and settings.quantize not in QUANTISATIONS:
+        raise UserError(f"--quantize: expected {' or '.join(QUANTISATIONS)}, got {settings.quantize!r}")
+    if settings.quantize is not None and execution.shard:
+        raise UserError("--quantize, --shard: expected one of them, got both")
     if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
         raise UserError(f"--eval-fraction: expected more than 0 and less than 1, got {settings.eval_fraction}")
     if not all(0 <= beta < 1 for beta in settings.betas):

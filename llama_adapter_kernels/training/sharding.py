@@ -83,6 +83,7 @@ def shard_frozen(network: nn.Module, device: Device) -> None:
     fully_shard(network, mesh=mesh, ignored_params=trained)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, whole)
     setattr(network, _SHARDED, True)
+    log.info("the frozen model is split over %d processes", distributed.get_world_size())
 
 
 def is_sharded(network: nn.Module) -> bool:

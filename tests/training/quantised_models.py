@@ -2,93 +2,30 @@
 
 import copy
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
-import torchao.quantization as torchao
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
-from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer, TrainingArguments
 
 import llama_adapter_kernels as lak
+from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.integrations.quantised import check_gradients_pass
 from llama_adapter_kernels.models import load_model, load_tokenizer
 from llama_adapter_kernels.training.data import read_rows
 from llama_adapter_kernels.training.held_out import split_off
+from llama_adapter_kernels.training.quantisation import loading_options
+from llama_adapter_kernels.training.settings import QUANTISATIONS
 from llama_adapter_kernels.training.tokens import tokenize
+from tests.support.quantised import INT4, INT8, KINDS, WEIGHTS_ONLY, four_bits
 from tests.support.runs import QUIET, SHORT, run, weights
 from tests.support.tiny_model import save_tiny_model
 
 TOKENS = torch.arange(3, 41).repeat(2, 1)
-INT8 = torchao.Int8WeightOnlyConfig()
-INT4 = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
 SETTINGS = replace(SHORT, max_steps=3, layers=2, eval_fraction=0.1, eval_steps=2)
-
-
-def eight_bits(linear: nn.Linear) -> nn.Module:
-    made = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-    made.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    return made.to("cpu")
-
-
-def four_bits(linear: nn.Linear) -> nn.Module:
-    made = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
-    made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    return made.to("cpu")
-
-
-def half_quadratic(linear: nn.Linear) -> nn.Module:
-    config = BaseQuantizeConfig(nbits=4, group_size=32)
-    return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
-
-
-class Buffers(nn.Module):
-    """Groups of a row as 4-bit numbers, a scale and a zero each, no parameter: what GPTQ and AWQ have, in plain PyTorch.
-
-    In place of their libraries, which need a GPU or compile for minutes.
-    """
-
-    def __init__(self, linear: nn.Linear, group: int = 32) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        groups = linear.weight.detach().unflatten(1, (-1, group))
-        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-        scales = (high - low) / 15
-        numbers = ((groups - low) / scales).round().to(torch.uint8)
-        self.register_buffer("qweight", numbers[..., ::2] | numbers[..., 1::2] << 4)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", low)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        numbers = torch.stack([self.qweight & 15, self.qweight >> 4], dim=-1).flatten(2)
-        return nn.functional.linear(hidden, (numbers * self.scales + self.zeros).flatten(1))
-
-
-def by_torchao(config: Any) -> Callable[[nn.Linear], nn.Module]:
-    def quantised(linear: nn.Linear) -> nn.Module:
-        holder = nn.Sequential(copy.deepcopy(linear))
-        torchao.quantize_(holder, config)
-        return holder[0]
-
-    return quantised
-
-
-# Weights alone are quantised: layers are linear maps, whose matrices tell what has to come out.
-WEIGHTS_ONLY = {
-    "bitsandbytes 4 bits": four_bits,
-    "torchao int8": by_torchao(INT8),
-    "torchao int4": by_torchao(INT4),
-    "hqq 4 bits": half_quadratic,
-    "buffers": Buffers,
-}
-# bitsandbytes' eight bits round activations as well.
-KINDS = WEIGHTS_ONLY | {"bitsandbytes 8 bits": eight_bits}
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +133,14 @@ def test_activations_of_eight_bits(tiny: Path) -> None:
         assert torch.nn.functional.cosine_similarity(found[name].flatten(), value.flatten(), dim=0) > 0.98, name
 
 
+FOLDERS = {
+    "bnb-8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "bnb-4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "torchao-int8": TorchAoConfig(INT8),
+    "torchao-int4": TorchAoConfig(INT4),
+}
+
+
 def saved(tiny: Path, folder: Path, config: Any) -> Path:
     """A folder whose config.json says how its weights are quantised."""
     AutoModelForCausalLM.from_pretrained(tiny, quantization_config=config, dtype=torch.float32).save_pretrained(folder)
@@ -204,14 +149,9 @@ def saved(tiny: Path, folder: Path, config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "config",
-    [BitsAndBytesConfig(load_in_8bit=True), BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-     TorchAoConfig(INT8), TorchAoConfig(INT4)],
-    ids=["bitsandbytes 8 bits", "bitsandbytes 4 bits", "torchao int8", "torchao int4"],
-)  # fmt: skip
-def test_finetune_on_a_quantised_folder(tiny: Path, rows: Path, tmp_path: Path, config: Any) -> None:
-    base = saved(tiny, tmp_path / "base", config)
+@pytest.mark.parametrize("quantize", QUANTISATIONS)
+def test_finetune_on_a_quantised_folder(tiny: Path, rows: Path, tmp_path: Path, quantize: str) -> None:
+    base = saved(tiny, tmp_path / "base", FOLDERS[quantize])
     outcome = run(base, rows, tmp_path / "run", SETTINGS, execution=replace(QUIET, save_steps=2))
     assert outcome.finished and len(outcome.losses) == 3 and outcome.held_out_losses.keys() == {2, 3}
     # At step 1 the gates are 0: the loss is that of the quantised model, sequence by sequence.
@@ -225,8 +165,8 @@ def test_finetune_on_a_quantised_folder(tiny: Path, rows: Path, tmp_path: Path, 
         for i in range(example.prompt_length, len(example)):
             total -= float(logits[i - 1].log_softmax(-1)[example.tokens[i]])
             count += 1
-    eight = getattr(config, "load_in_8bit", False)
-    assert outcome.losses[1] == pytest.approx(total / count, rel=2e-3 if eight else 1e-5)
+    # bitsandbytes' eight bits round activations, and other batches otherwise.
+    assert outcome.losses[1] == pytest.approx(total / count, rel=2e-3 if quantize == "bnb-8bit" else 1e-5)
     # A run that was cut goes on exactly.
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-3")
@@ -242,6 +182,30 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f'{{"instruction": "Say {"word " * n}", "output": "{"word " * (1 + n % 5)}"}}' for n in range(1, 17)]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.mark.parametrize("quantize", QUANTISATIONS)
+def test_quantised_when_loaded(tiny: Path, rows: Path, tmp_path: Path, quantize: str) -> None:
+    """As from a folder that was quantised in the same way."""
+    settings = replace(SHORT, max_steps=1, layers=2)
+    base = saved(tiny, tmp_path / "base", FOLDERS[quantize])
+    expected = run(base, rows, tmp_path / "folder", settings)
+    settings = replace(settings, quantize=quantize)
+    assert run(tiny, rows, tmp_path / "run", settings).losses == expected.losses
+    with pytest.raises(UserError, match=f"--quantize {quantize}: expected a model that is not quantised, .*base is"):
+        run(base, rows, tmp_path / "twice", settings)
+    sharded = replace(QUIET, shard=True)
+    with pytest.raises(UserError, match="--quantize, --shard: expected one of them, got both"):
+        run(tiny, rows, tmp_path / "sharded", settings, execution=sharded)
+
+
+def test_on_a_gpu_every_process_loads_onto_its_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device, place in (("cuda", "cuda:3"), ("cuda:1", "cuda:1")):
+        options = loading_options(str(tiny), "bnb-4bit", torch.bfloat16, torch.device(device))
+        assert options["device_map"] == {"": place}
+        assert options["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
+    assert loading_options(str(tiny), None, torch.float32, torch.device("cuda")) == {}
 
 
 def test_transformers_trainer(tiny: Path, tmp_path: Path) -> None:
