@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_adapter_kernels.training.loop import compiled, device_of, plan_steps
@@ -54,6 +54,8 @@ def rehearse(
     )
     packing = packing_of(plan, settings, execution, capacity, processes)
     memory = estimate_memory(network, layers, packing.largest, device, low=execution.low_memory)
+    if execution.shard:
+        memory = replace(memory, weights=memory.weights // processes)
     seconds, timed = seconds_per_micro_batch(network, examples, plan, packing, settings, execution, device)
     total = seconds / timed * packing.tokens / processes
     responses = sum(len(example) - example.prompt_length for example in examples)

@@ -29,12 +29,7 @@ def reports_of(execution: Execution) -> tuple[str, ...]:
     if execution.reports == ("none",):
         return ()
     if execution.reports == ("auto",):
-        if not execution.tensorboard:
-            return ("csv",)
-        if not _installed("tensorboard"):
-            log.info("tensorboard is not installed: losses go to %s alone", CSV_FILE)
-            return ("csv",)
-        return ("csv", "tensorboard")
+        return ("csv", "tensorboard") if execution.tensorboard and _installed("tensorboard") else ("csv",)
     for name in ("tensorboard", "wandb"):
         if name in execution.reports and not _installed(name):
             raise UserError(f"--report-to {name}: {name} is not installed: pip install {name}, or leave it out")
@@ -49,6 +44,8 @@ def reporters(execution: Execution, output: Path, held_out: bool, facts: dict[st
         facts: what Weights & Biases shall show as the run's configuration.
     """
     names = reports_of(execution)
+    if execution.reports == ("auto",) and execution.tensorboard and "tensorboard" not in names:
+        log.info("tensorboard is not installed: losses go to %s alone", CSV_FILE)
     found: list[TrainerCallback] = []
     if "csv" in names:
         found.append(CsvLog(output / CSV_FILE))

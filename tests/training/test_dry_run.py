@@ -54,7 +54,7 @@ def test_a_dry_run_of_a_run_that_is_there(tiny_model: Path, rows_file: Path, tmp
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_steps_of_tokens(tiny_model: Path, rows_file: Path) -> None:
+def test_steps_of_tokens(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model_and_tokenizer(str(tiny_model), torch.float32)
     examples = tokenize(read_rows(rows_file), tokenizer, 512)
     settings = Settings(tokens_per_step=512, epochs=2)
@@ -67,6 +67,10 @@ def test_steps_of_tokens(tiny_model: Path, rows_file: Path) -> None:
     assert packing.step_fill == pytest.approx(sum(steps[:-1]) / (512 * (len(steps) - 1)))
     attach(model, settings)
     text = dry_run.rehearse(model, examples, [], settings, execution)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    halves = dry_run.rehearse(model, examples, [], settings, replace(execution, shard=True))
+    assert ("weights 0.9 MiB" in text, "weights 0.2 MiB" in halves) == (True, True)
+    assert "micro-batches a step over 4 processes" in halves
     assert f"steps are {100 * packing.step_fill:.1f}% of the 512 tokens asked for" in text
 
 

@@ -20,6 +20,7 @@ from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.models import load_model
 from llama_adapter_kernels.training import finetune as fine_tuning
+from llama_adapter_kernels.training import reporters
 from llama_adapter_kernels.training.fused_parts import fuse_parts, wants_liger
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
@@ -146,6 +147,19 @@ def test_reports_go_where_they_are_asked_to(
     outcome = run(tiny_model, rows_file, tmp_path / "run", ONE_STEP, execution=replace(QUIET, report_to=names))
     assert outcome.losses
     assert {path.name for path in (tmp_path / "run").iterdir()} & {"training_log.csv", "tensorboard"} == files
+
+
+def test_without_tensorboard_there_is_one_word_about_it(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr(reporters, "_installed", lambda name: name != "tensorboard")
+    with caplog.at_level("INFO", logger="llama_adapter_kernels"):
+        run(tiny_model, rows_file, tmp_path / "run", ONE_STEP, execution=replace(QUIET, tensorboard=True))
+    assert caplog.text.count("tensorboard is not installed: losses go to training_log.csv alone") == 1
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    with pytest.raises(UserError, match="--report-to tensorboard: tensorboard is not installed: pip install tensorb"):
+        run(tiny_model, rows_file, tmp_path / "other", execution=replace(QUIET, report_to="tensorboard"))
 
 
 class Recorded:
