@@ -13,6 +13,10 @@
 namespace lak::cpu::LAK_ISA {
 namespace {
 
+// Probabilities are added up so many at a time: the error of their sum, and so of every log-sum-exp, grows with the length of a
+// chain of additions.
+constexpr int64_t kSumChain = 16;
+
 template <class C>
 struct ForwardScratch {
   C *query_t, *scores, *accumulator, *keys, *values, *maximum, *sum, *rescale;
@@ -108,13 +112,17 @@ class ForwardBlock {
       store(scratch.maximum + m + v * kLane, highest[v]);
       total[v] = load(scratch.sum + m + v * kLane) * rescale;
     }
-    for (int64_t t = 0; t < n; ++t) {
-      for (int v = 0; v < kVecs; ++v) {
-        C* at = scratch.scores + t * kBlockQueries + m + v * kLane;
-        const Vec<C> probability = exp2_nonpositive((load(at) - reference[v]) * log2e);
-        store(at, probability);
-        total[v] += probability;
+    for (int64_t first = 0; first < n; first += kSumChain) {
+      Vec<C> part[kVecs]{};
+      for (int64_t t = first; t < smaller(first + kSumChain, n); ++t) {
+        for (int v = 0; v < kVecs; ++v) {
+          C* at = scratch.scores + t * kBlockQueries + m + v * kLane;
+          const Vec<C> probability = exp2_nonpositive((load(at) - reference[v]) * log2e);
+          store(at, probability);
+          part[v] += probability;
+        }
       }
+      for (int v = 0; v < kVecs; ++v) total[v] += part[v];
     }
     for (int v = 0; v < kVecs; ++v) store(scratch.sum + m + v * kLane, total[v]);
   }
