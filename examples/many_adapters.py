@@ -20,7 +20,7 @@ model = LlamaForCausalLM(config).eval()
 for name, length in (("french", 10), ("haiku", 4)):
     adapter = lak.attach_adapter(model, lak.AdapterConfig(prefix_length=length), name)
     for layer in adapter.layers.values():
-        torch.nn.init.constant_(layer.gate, 1.0)  # new adapters begin closed; these shall show
+        torch.nn.init.constant_(layer.gate, 1.0)  # new adapters begin closed; these should show
     adapter.freeze_prefix()  # for serving: keys and values of the prompts are computed once
 
 prompts = torch.randint(3, 100, (1, 8)).repeat(3, 1)

@@ -115,7 +115,7 @@ class Answerer:
     def answer_all(
         self, rows: Sequence[Row], sampling: Sampling, batch_size: int
     ) -> Iterator[tuple[int, str | UserError]]:
-        """(number of the row, its answer or why there is none) for any number of rows, in their order.
+        """(number of the row, its answer or the reason why there is none) for any number of rows, in their order.
 
         Similar lengths share a batch to save padding, among some batches' worth of rows: answers come while others are
         still to be computed.
@@ -190,7 +190,7 @@ def attach_saved(network: Any, adapter: Path, name: str = "default") -> Path:
     """Attaches a saved adapter, with its conditioning where it has one. Returns the folder that it was in.
 
     Raises:
-        UserError: there is none, or it is for another model.
+        UserError: there is no such adapter, or it is for another model.
     """
     folder = adapter_folder(adapter)
     with adapter_error_as_user_error():

@@ -64,7 +64,7 @@ def adapter_place(path: str | os.PathLike[str]) -> Path:
     """The file or folder of an adapter; of one that is on the hub under that name, the folder that its files are in then.
 
     Raises:
-        FileNotFoundError: it may be a name on the hub, and there is none or no way there.
+        FileNotFoundError: it may be a name on the hub, but there is no such name or no way to reach the hub.
     """
     name = os.fspath(path)
     if not is_hub_name(name):
@@ -80,13 +80,13 @@ def adapter_place(path: str | os.PathLike[str]) -> Path:
 
 
 def check_upload(name: str, argument: str = "push_to_hub") -> None:
-    """Finds out whether an upload will be possible, before hours are spent on what shall be uploaded.
+    """Finds out whether an upload will be possible, before hours are spent on what is to be uploaded.
 
     Args:
         argument: that named the repository, for messages.
 
     Raises:
-        UserError: the name is none, nobody is logged in, the owner is somebody else, or there is no way to the hub.
+        UserError: the name is invalid, nobody is logged in, the owner is somebody else, or there is no way to the hub.
     """
     from huggingface_hub import HfApi
 

@@ -36,7 +36,7 @@ def pick_dtype(name: str, *, on_cpu: bool, training: bool = True) -> Any:
 
 
 def check_dtype(name: str, *, on_cpu: bool, training: bool = True) -> None:
-    """Raises UserError for a `--dtype` that is none, or that cannot be trained in."""
+    """Raises UserError for a `--dtype` that does not exist, or that cannot be trained in."""
     if name not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     if name == "float16" and on_cpu and training:
@@ -63,7 +63,7 @@ def load_config(name: str) -> Any:
     """The configuration of a model, without its weights.
 
     Raises:
-        UserError: there is none, or transformers does not know such models.
+        UserError: there is no such model, or transformers does not know its kind.
     """
     from transformers import AutoConfig
 
@@ -76,7 +76,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        UserError: there is none, or transformers cannot read it.
+        UserError: there is no tokenizer, or transformers cannot read it.
     """
     from transformers import AutoTokenizer
 

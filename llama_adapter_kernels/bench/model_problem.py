@@ -117,7 +117,7 @@ def build_model(problem: ModelProblem, attention: str) -> Any:
     with torch.device("meta"):
         model = empty_model(problem.shape, problem.mode, attention, problem.dtype)
     model.load_state_dict(problem.weights, assign=True)
-    # Buffers are not in the state dict: the rotary embedding computes them anew on the real device.
+    # Buffers are not in the state dict: the rotary embedding computes them again on the real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(problem.device)
     # Without gradients it is inference, where an adapter may keep what does not change from token to token.
     return model.requires_grad_(False).train(problem.mode not in INFERENCE)

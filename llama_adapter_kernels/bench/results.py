@@ -68,7 +68,7 @@ class Results:
         return found
 
     def save(self, path: Path) -> None:
-        """Writes the whole file anew, so that an interrupted run leaves a valid one; one measurement per line."""
+        """Rewrites the whole file, so that an interrupted run leaves a valid one; one measurement per line."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
         measurements = ",\n".join(json.dumps(entry) for entry in document.pop("measurements"))
         head = json.dumps(document, indent=1).removesuffix("\n}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Option = typer.Option
 COMMANDS = """\
 /adapter NAME or FOLDER   another adapter answers from now on; none: the base model; alone: which there are
-/reset                    begin anew
+/reset                    begin again
 /quit                     end, as Ctrl-D does"""
 
 

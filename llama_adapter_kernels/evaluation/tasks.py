@@ -15,7 +15,7 @@ def task_named(name: str) -> Task:
     """The task called `name`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such task.
     """
     if name not in TASKS:
         raise UserError(f"TASK: expected one of {', '.join(TASKS)}, got {name!r}")

@@ -1,7 +1,7 @@
 """Meta's names for the parts of a LLaMA model, as official adapters use them, and what they are called in transformers.
 
 Meta rotates queries and keys in interleaved pairs, transformers in halves, so rows of wq and wk lie in another order there.
-Whatever is added to the outputs of these two must be reordered likewise; prompts and gates need not.
+Whatever is added to the outputs of these two must be reordered in the same way; prompts and gates need not be.
 """
 
 import re

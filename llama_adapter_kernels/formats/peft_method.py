@@ -36,7 +36,7 @@ def read(source: Source, choices: Choices) -> Reading:
     if told.get("tuning") is not None or any(_TUNED.fullmatch(name) for name in source.shapes):
         raise ValueError(
             f"{source.path}: it tunes the model, and PEFT's names tell nothing about where: open it by "
-            "PeftModel.from_pretrained; lak.attached_adapters(model)[name].save_pretrained(folder) writes it anew"
+            "PeftModel.from_pretrained; lak.attached_adapters(model)[name].save_pretrained(folder) writes it again"
         )
     config = _config(source, told)
     if choices.gate not in (None, config.gate):

@@ -103,7 +103,7 @@ class ZeroGateAdapter(nn.Module):
         """Saves the adapter in a repository of the Hugging Face hub, with a card. Returns its address.
 
         Args:
-            name: owner/name; created where there is none of that name.
+            name: owner/name; created if it does not exist.
 
         Raises:
             UserError: nobody is logged in, the owner is somebody else, or there is no way to the hub.

@@ -27,7 +27,7 @@ more slowly: load a model to be trained with `attention_dropout=0` (`attention_p
 """
 
 _OWN = """\
-## A model of one's own
+## Your own model
 
     import llama_adapter_kernels as lak
 
@@ -59,7 +59,7 @@ def page() -> str:
     for kind, reason in CANNOT.items():
         reasons.setdefault(reason, []).append(kind)
     refused = "\n".join(f"- {', '.join(kinds)}: {reason}." for reason, kinds in reasons.items())
-    parts.append(f"## Models that cannot\n\nAttaching refuses them with the reason.\n\n{refused}\n")
+    parts.append(f"## Models that cannot\n\nAttaching to one of these is refused, with the reason.\n\n{refused}\n")
     parts.append(_OWN)
     return "\n".join(parts)
 

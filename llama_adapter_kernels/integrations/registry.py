@@ -33,5 +33,5 @@ def known_architectures() -> tuple[Architecture, ...]:
 
 
 def find_architecture(model_type: str) -> Architecture | None:
-    """The architecture of that model type; None if there is none."""
+    """The architecture of that model type, or None."""
     return _known.get(model_type)

@@ -15,7 +15,7 @@ class HookedTimmAttention(Attention):
         """x [B, N, C] to [B, N, C], arguments as those of timm's Attention.
 
         Raises:
-            ValueError: the module is none of timm's, but one derived from it.
+            ValueError: the module is not of timm's own class, but of one derived from it.
         """
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key = self.q_norm(query), self.k_norm(key)

@@ -54,7 +54,7 @@ def load_encoder(name: str, modality: str, device: str = "cpu") -> Encoder:
     """An encoder from a Hugging Face folder or hub name; "log-mel" is a spectrogram, which needs no network.
 
     Raises:
-        UserError: there is no such model, or it is none for this modality.
+        UserError: there is no such model, or it is for another modality.
     """
     if modality == "audio" and name == "log-mel":
         from llama_adapter_kernels.media.log_mel import LogMel

@@ -51,7 +51,7 @@ class Entry:
 
 
 class OrderError(ValueError):
-    """A record that is none of this version, or races that say nothing; the message says why."""
+    """A record of another version, or races that say nothing; the message says why."""
 
 
 def load(path: Path) -> dict[tuple[str, str, str, int], Entry]:

@@ -1,4 +1,4 @@
-"""Bytes of device memory in a training step, by what for.
+"""Bytes of device memory in a training step, by their purpose.
 
 Activations are those that autograd keeps from the forward pass for the backward pass; `tests/planning` compares them with
 what it does keep. A frozen linear layer keeps nothing of its input, layers below the lowest adapted one keep nothing at all.

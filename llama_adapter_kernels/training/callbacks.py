@@ -34,7 +34,7 @@ class Progress(TrainerCallback):
 class CsvLog(TrainerCallback):
     """step, epoch, loss, learning_rate, grad_norm of every logged step; or the held-out loss of every measurement.
 
-    At the start the file is written anew from the trainer's state, so that after a resume it holds what an uninterrupted
+    At the start the file is written again from the trainer's state, so that after a resume it holds what an uninterrupted
     run would have written, to the letter.
     """
 

@@ -41,7 +41,7 @@ class Chat:
 
 
 def chat_field(value: Any) -> str | None:
-    """The field that makes a parsed row a conversation; None where it is none."""
+    """The field that makes a parsed row a conversation; None where it is not one."""
     return next((field for field in FIELDS if isinstance(value, dict) and field in value), None)
 
 

@@ -186,7 +186,7 @@ def plan_steps(examples: Sequence[Example], settings: Settings) -> StepPlan:
 
 
 def check_steps(output: Path, plan: StepPlan, checkpoint: Path | None) -> None:
-    """Raises UserError where the run to go on with has more steps already than it shall have."""
+    """Raises UserError where the run to go on with already has more steps than it is to have."""
     done = step_of(checkpoint) if checkpoint else 0
     if done > plan.total_steps:
         raise UserError(
@@ -230,7 +230,7 @@ def compiled(network: Any, longest: int) -> int:
     model of 32 layers takes no longer to compile than one of three.
 
     Returns:
-        The length that every batch shall give as that of its longest sequence: of another one each time, torch would
+        The length that every batch is to report as that of its longest sequence: of another one each time, torch would
         compile again each time.
     """
     import torch

@@ -59,7 +59,7 @@ def recompute(network: Any) -> None:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that training takes on its device, by what for; `available` is what it has for them."""
+    """Bytes that training takes on its device, by their purpose; `available` is what the device has for them."""
 
     weights: int
     activations: int

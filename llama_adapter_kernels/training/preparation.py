@@ -115,7 +115,7 @@ def encoder_of(settings: Settings) -> Encoder | None:
 def attach_senses(
     network: Any, encoder: Encoder | None, settings: Settings, execution: Execution, checkpoint: Path | None = None
 ) -> "lak.Conditioning | None":
-    """Lets the attached adapter see or hear through `encoder`, if there is one; as in a checkpoint, or anew.
+    """Lets the attached adapter see or hear through `encoder`, if there is one; as in a checkpoint, or from the start.
 
     Raises:
         UserError: the encoder does not fit the settings or the checkpoint.

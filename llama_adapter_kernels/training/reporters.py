@@ -41,7 +41,7 @@ def reporters(execution: Execution, output: Path, held_out: bool, facts: dict[st
 
     Args:
         held_out: there is a held-out loss, which has a file of its own.
-        facts: what Weights & Biases shall show as the run's configuration.
+        facts: what Weights & Biases shows as the run's configuration.
     """
     names = reports_of(execution)
     if execution.reports == ("auto",) and execution.tensorboard and "tensorboard" not in names:

@@ -7,7 +7,7 @@ from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training.chats import Chat, Turn
 from llama_adapter_kernels.training.data import Row
 
-Pieces = list[tuple[str, bool]]  # texts that follow each other, and whether the model shall learn them
+Pieces = list[tuple[str, bool]]  # texts that follow each other, and whether the model learns them
 
 
 class TemplateProblem(ValueError):

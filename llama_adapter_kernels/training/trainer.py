@@ -133,7 +133,7 @@ class AdapterTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # StepDataset shuffles by itself, the same for every rank
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """A base model in pieces is none for accelerate, whose DDP refuses them: this one averages the adapter alone."""
+        """accelerate must not wrap a base model in pieces, which its DDP refuses: this one averages the adapter alone."""
         if not (training and is_sharded(model)):
             wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
             return wrapped

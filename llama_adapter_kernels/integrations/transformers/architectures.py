@@ -18,12 +18,12 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 LATENT = "keys and values come from a compressed latent (MLA), there is no projection from a prompt to a key"
-DISENTANGLED = "scores have terms for relative positions (disentangled attention), which a prompt has none of"
+DISENTANGLED = "scores have terms for relative positions (disentangled attention), and a prompt has no position"
 RELATIVE = "scores get a learned bias by relative position, which the fused operation does not add"
 ALIBI = "scores get a bias by distance (ALiBi), which the fused operation does not add"
 SOFT_CAP = "scores get a soft cap, which the fused operation does not apply"
 SINKS = "softmax has attention sinks, which the fused operation does not have"
-NO_ATTENTION = "its layers are no softmax attention"
+NO_ATTENTION = "its layers do not compute softmax attention"
 CANNOT: dict[str, str] = {
     "deepseek_v2": LATENT, "deepseek_v3": LATENT, "minicpm3": LATENT, "longcat_flash": LATENT,
     "deberta": DISENTANGLED, "deberta-v2": DISENTANGLED,
