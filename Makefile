@@ -161,8 +161,9 @@ quality: install $(SMOLLM)/config.json $(MINILM)/config.json $(REVIEWS) $(ROWS)
 	    --output $(QUALITY)
 	@echo "make quality-report QUALITY=$(QUALITY) writes tables and plots of benchmarks/quality"
 
+# Of what is recorded, or of QUALITY=FILE.
 quality-report: install
-	$(BIN)/python -m benchmarks.quality.report $(QUALITY)
+	$(BIN)/python -m benchmarks.quality.report $(if $(filter command%,$(origin QUALITY)),$(QUALITY),benchmarks/results/quality/*.json)
 
 demo-real: install $(SMOLLM)/config.json $(ROWS)
 	$(BIN)/llama-adapter demo-real --model $(SMOLLM) --data $(ROWS) --output demo-real-output

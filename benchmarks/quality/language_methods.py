@@ -74,13 +74,13 @@ def _everything(model: Any, run: Run) -> Any:
 # With SmolLM2-135M's 30 layers, 9 and 3 heads of 64: a zero-gate adapter of length 10 has 173,070 parameters, prefix tuning
 # of 15 tokens and LoRA of rank 3 on query and value have 172,800 each, LoRA of rank 8 has 460,800.
 PREFIX_TUNING_TOKENS = 15
-PROMPT_RATES = (3e-3, 1e-2, 3e-2)
+PROMPT_RATES = (1e-2, 3e-2, 1e-1)
 METHODS = {
     "zero-gate": Method("zero-init gates (this package)", PROMPT_RATES, _zero_gates, prompts=True),
     "random-gate": Method("random gates", PROMPT_RATES, _random_gates, prompts=True),
     "no-gate": Method("no gate: prompts in one softmax", PROMPT_RATES, _no_gate, prompts=True),
-    "lora-r3": Method("LoRA r3, as many parameters", (1e-3, 3e-3, 1e-2), _lora(3)),
-    "lora-r8": Method("LoRA r8", (1e-3, 3e-3, 1e-2), _lora(8)),
+    "lora-r3": Method("LoRA r3, as many parameters", (3e-3, 1e-2, 3e-2), _lora(3)),
+    "lora-r8": Method("LoRA r8", (3e-3, 1e-2, 3e-2), _lora(8)),
     "prefix-tuning": Method("prefix tuning", PROMPT_RATES, _prefix_tuning),
     "full": Method("full fine-tuning", (3e-5, 1e-4, 3e-4), _everything),
 }

@@ -1,4 +1,4 @@
-"""Tables and plots of recorded comparisons: python -m benchmarks.quality.report RESULTS.json [--folder benchmarks/quality]
+"""Tables and plots of recorded comparisons: python -m benchmarks.quality.report RESULTS.json... [--folder FOLDER]
 
 Writes the part of FOLDER/README.md between the two marks, and FOLDER/*.svg.
 """
@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from benchmarks.quality.language import LAYERS, LENGTHS, MAIN
 from benchmarks.quality.runs import Result, Run, best_rate
@@ -50,7 +51,7 @@ def main_form(runs: Sequence[Result]) -> tuple[int, int]:
 def spread(values: Sequence[float], form: str = ".3f") -> str:
     """Mean and standard deviation."""
     if len(values) < 2:
-        return f"{values[0]:{form}} (one seed)"
+        return f"{values[0]:{form}}"
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
@@ -75,13 +76,15 @@ def language_tables(recorded: dict[str, Any]) -> list[str]:
         f"{spread([run['test'] for run in runs])} | {len(runs)} |"
         for method, runs in methods.items()
     ]
-    return [*lines, "", "![Validation loss by step](curves.svg)", "", *_ablations(recorded), *_answers(recorded)]
+    lines += ["", recorded["measured"]["language"], "", "![Validation loss by step](curves.svg)", ""]
+    return [*lines, *_ablations(recorded), *_answers(recorded)]
 
 
 def _rate(about: dict[str, Any], method: str, runs: Sequence[Result]) -> str:
     """The learning rate, with a star where it is at an edge of what was tried."""
     rate, tried = runs[0]["rate"], about["rates"][method]
-    return f"{rate:g}{'*' if rate in (min(tried), max(tried)) else ''}"
+    star = "\\*" if rate in (min(tried), max(tried)) else ""
+    return f"{rate:g}{star}"
 
 
 def _ablations(recorded: dict[str, Any]) -> list[str]:
@@ -148,27 +151,34 @@ def encoder_tables(recorded: dict[str, Any]) -> list[str]:
             *(f"| {about['titles'][method]} | {runs[0]['parameters']:,} | {_rate(about, method, runs)} | "
               f"{spread([100 * run['test'] for run in runs], '.1f')} % | {len(runs)} |" for method, runs in methods.items()),
             "",
+            recorded["measured"][task], "",
         ]  # fmt: skip
     return [*lines, "![Wrong answers by method](encoders.svg)", ""] if lines else []
 
 
 def curves(recorded: dict[str, Any]) -> Any:
-    """Validation loss by step, a line of means per method and a band from the least to the greatest seed."""
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    about = recorded["tasks"]["language"]
-    for colour, (method, runs) in zip(COLOURS, chosen(recorded, "language").items(), strict=False):
-        steps = [step for step, _ in runs[0]["validation_curve"]]
-        columns = list(zip(*([loss for _, loss in run["validation_curve"]] for run in runs), strict=True))
-        axes.plot(steps, [statistics.mean(c) for c in columns], color=colour, label=about["titles"][method], marker=".")
-        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
-    # Random gates and prompts begin far above the others, which would flatten every other line.
-    starts = [runs[0]["validation_curve"][0][1] for runs in chosen(recorded, "language").values()]
-    ends = [run["validation_curve"][-1][1] for runs in chosen(recorded, "language").values() for run in runs]
-    axes.set_ylim(min(ends) - 0.05, max(min(starts), max(ends)) + 0.25)
-    axes.set(xlabel="optimizer step", ylabel="validation loss (nats per response token)")
-    axes.set_title(f"{about['model']} on {about['data']}, {about['batch']} rows a step")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Validation loss by step, a line of means per method and a band from the least to the greatest seed: all methods, and
+    those beside it that end below where the model began."""
+    about, methods = recorded["tasks"]["language"], chosen(recorded, "language")
+    starts = [runs[0]["validation_curve"][0][1] for runs in methods.values()]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for axes, all_of_them in zip(panels, (True, False), strict=True):
+        for colour, (method, runs) in zip(COLOURS, methods.items(), strict=False):
+            steps = [step for step, _ in runs[0]["validation_curve"]]
+            columns = list(zip(*([loss for _, loss in run["validation_curve"]] for run in runs), strict=True))
+            if all_of_them or statistics.mean(columns[-1]) < min(starts) + 0.5:
+                means = [statistics.mean(column) for column in columns]
+                axes.plot(steps, means, color=colour, label=about["titles"][method], marker=".")
+                axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
+        axes.set(xlabel="optimizer step", ylabel="validation loss (nats per response token)")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    panels[0].set(yscale="log", title="all methods, logarithmic")
+    panels[0].yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    panels[0].yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    panels[1].set(title="those that learn")
+    panels[1].set_ylim(top=min(starts) + 0.05)
+    figure.suptitle(f"{about['model']} on {about['data']}, {about['batch']} rows a step")
     return figure
 
 
@@ -189,10 +199,31 @@ def encoder_bars(recorded: dict[str, Any]) -> Any:
     return figure
 
 
-def write(results: Path, folder: Path) -> None:
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """Recorded comparisons as one: of a task that several files have, the last one counts."""
+    found: dict[str, Any] = {"tasks": {}, "runs": [], "measured": {}}
+    for path in paths:
+        recorded = json.loads(path.read_text())
+        for task, about in recorded["tasks"].items():
+            found["tasks"][task], found["measured"][task] = about, measured_on(recorded["machine"], path)
+            found["runs"] = [run for run in found["runs"] if run["task"] != task]
+            found["runs"] += [run for run in recorded["runs"] if run["task"] == task]
+    return found
+
+
+def measured_on(machine: dict[str, Any], path: Path) -> str:
+    """One sentence about device, versions and file."""
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    return (
+        f"Measured on {device}, torch {machine['torch']}, transformers {machine['transformers']}, PEFT "
+        f"{machine['peft']}{commit}: `{path.name}` in [results](../results/quality)."
+    )
+
+
+def write(results: Sequence[Path], folder: Path) -> None:
     """Plots into `folder`, tables into its README.md between the marks."""
-    recorded = json.loads(results.read_text())
-    machine, lines = recorded["machine"], []
+    recorded, lines = merged(results), []
     plt.rcParams["svg.hashsalt"] = "quality"
     parts: list[tuple[str, Callable[[dict[str, Any]], list[str]], str, Callable[[dict[str, Any]], Any]]] = [
         ("language", language_tables, "curves", curves), ("reviews digits", encoder_tables, "encoders", encoder_bars)
@@ -203,13 +234,7 @@ def write(results: Path, folder: Path) -> None:
             figure = plot(recorded)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    lines += [
-        "A star: the best of the three learning rates is the lowest or the highest of them.",
-        "",
-        f"Measured on {device}, torch {machine['torch']}, transformers {machine['transformers']}, PEFT {machine['peft']}, "
-        f"commit {machine['commit']}: `{results.name}` in [results](../results/quality).",
-    ]
+    lines.append("\\* The best of the learning rates that were tried is the lowest or the highest of them.")
     page = folder / "README.md"
     head, _, rest = page.read_text().partition(BEGIN)
     page.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}")
@@ -217,7 +242,7 @@ def write(results: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/quality"))
     given = parser.parse_args()
     write(given.results, given.folder)

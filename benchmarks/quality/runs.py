@@ -158,7 +158,7 @@ def compare(tasks: dict[str, Task], output: Path, device: torch.device, *, jobs:
     finished: list[Result] = []
     if output.exists():
         before = json.loads(output.read_text())
-        if before["tasks"] != about:
+        if {name: _fixed(task) for name, task in before["tasks"].items()} != {n: _fixed(t) for n, t in about.items()}:
             raise SystemExit(f"{output}: expected results of the same settings to go on with; remove it to start anew")
         finished = [result for result in before["runs"] if "error" not in result]
     torch.set_float32_matmul_precision(PRECISION)
@@ -188,6 +188,11 @@ def compare(tasks: dict[str, Task], output: Path, device: torch.device, *, jobs:
     left = [run for run in all_runs(tasks, finished) if key(run) not in {key(result) for result in finished}]
     print(f"{len(finished)} runs done, {len(left)} known ones left, {(deadline - time.time()) / 60:.1f} minutes to go")
     return finished
+
+
+def _fixed(about: dict[str, Any]) -> dict[str, Any]:
+    """What runs must have in common to be compared; learning rates may be added."""
+    return {name: value for name, value in about.items() if name not in ("rates", "titles")}
 
 
 def write(output: Path, facts: dict[str, Any], about: dict[str, Any], finished: Sequence[Result]) -> None:

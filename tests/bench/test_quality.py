@@ -234,7 +234,7 @@ def test_the_report_has_every_method_and_its_spread(
     output = tmp_path / "results.json"
     runs.compare({"language": language_part, "digits": digits}, output, torch.device("cpu"), jobs=1, minutes=2)
     (tmp_path / "README.md").write_text(f"# Top\n\n{report.BEGIN}\nold\n{report.END}\n\nBottom\n")
-    report.write(output, tmp_path)
+    report.write([output], tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("# Top") and page.endswith("\n\nBottom\n") and "old" not in page
     for said in ("zero-init gates (this package) | 1,932 |", "head only |", "| before training |",
@@ -242,7 +242,7 @@ def test_the_report_has_every_method_and_its_spread(
         assert said in page, said
     for name in ("curves.svg", "encoders.svg"):
         assert (tmp_path / name).read_text().startswith("<?xml")
-    report.write(output, tmp_path)
+    report.write([output], tmp_path)
     assert (tmp_path / "README.md").read_text() == page
 
 
