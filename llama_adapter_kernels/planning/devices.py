@@ -1,16 +1,16 @@
 """What devices can do: published peaks, and how much of them a training step gets.
 
-The shares come from one profile: a step of LLaMA-7B's shape on an H200 (benchmarks/training/step-h200.json), 8,033 tokens in
-sequences as long as Alpaca's, bfloat16: matrix products 770 TFLOP/s, a copy 3.6 TB/s, elementwise kernels 0.6 of the copy's
-rate (many broadcast or convert), attention over short sequences a fifth of it, 50 microseconds of the host for a kernel. Of
-an H100 the rates of a product and of a copy were measured. For other GPUs the same shares are assumed.
+The shares come from profiles of a step of LLaMA-7B's shape (benchmarks/training/step-h100.json and step-h200.json), 8,000
+tokens in sequences as long as Alpaca's, bfloat16. Matrix products reached 770 to 790 TFLOP/s (710 where kernels follow one
+another so closely that the card draws all its power); elementwise kernels, of which many broadcast or convert, moved 2.0
+TB/s on the H100 and 2.2 on the H200; the host took 50 microseconds for a kernel. For other GPUs such shares are assumed.
 """
 
 from dataclasses import dataclass, replace
 
 from llama_adapter_kernels.errors import UserError
 
-_PRODUCTS, _COPY = 0.78, 0.75  # of the published peaks
+_PRODUCTS, _COPY = 0.78, 0.73  # of the published peaks
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Device:
     products: float
     copy: float
     memory: float
-    elementwise: float = 0.6
-    attention: float = 0.2
+    elementwise: float = 0.8
+    attention: float = 0.3
     launch: float = 50e-6
     measured: str = ""
 
@@ -39,8 +39,8 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", _PRODUCTS * 989e12, 2.43e12, 80e9, measured="products and copies; the rest as on an H200"),
-        Device("h200", _PRODUCTS * 989e12, _COPY * 4.8e12, 141e9, measured="all rates, by one profile"),
+        Device("h100", _PRODUCTS * 989e12, 2.43e12, 80e9, 0.82, 0.38, measured="in a step like this"),
+        Device("h200", _PRODUCTS * 989e12, 3.58e12, 141e9, 0.62, 0.2, measured="in a step like this"),
         Device("a100", _PRODUCTS * 312e12, _COPY * 2.04e12, 80e9),
         Device("rtx4090", _PRODUCTS * 165e12, _COPY * 1.008e12, 24e9),
     )
@@ -72,5 +72,5 @@ def measure_cpu(dtype: str) -> Device:
     found = ceilings.measure(torch.device("cpu"), [dtype], CpuClock())
     return Device(
         "cpu", found[f"gemm_{dtype}"], found["copy"], float(psutil.virtual_memory().available), elementwise=1.0,
-        attention=1.0, launch=5e-6, measured="matrix product and copy, now",
+        attention=1.0, launch=5e-6, measured="now",
     )  # fmt: skip

@@ -5,7 +5,7 @@ lowest adapted one; there the attention's own input needs no gradient. Layers be
 compares products with torch's counter, to the operation.
 
 Bytes are those that separate kernels read and write, as transformers computes a norm (twelve kernels, forward and backward),
-or those of one fused kernel each (liger-kernel).
+or those of one fused kernel each (torch.compile, liger-kernel).
 """
 
 from collections.abc import Sequence

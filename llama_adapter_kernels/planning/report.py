@@ -33,8 +33,8 @@ def report(
         f"{shape.parameters / 1e9:.2f} G parameters; prompts of {adapter.prefix} tokens in {adapter.layers} of "
         f"{shape.layers} layers, {adapter_parameters(shape, adapter):,} trained\n"
         f"{tokens / 1e6:.1f} M tokens in {data.epochs:g} epochs, {flop / tokens / 1e9:.1f} GFLOP each; {device.name}: "
-        f"products {device.products / 1e12:.3g} TFLOP/s, copies {device.copy / 1e12:.3g} TB/s, measured: "
-        f"{device.measured or 'nothing, an H200' + chr(39) + 's shares of the peaks are assumed'}\n"
+        f"products {device.products / 1e12:.3g} TFLOP/s, copies {device.copy / 1e12:.3g} TB/s "
+        f"({f'measured {device.measured}' if device.measured else 'assumed, from what an H100 reaches of its peaks'})\n"
         f"{chosen.choice}: {chosen.seconds / 60:.1f} minutes, {tokens / chosen.seconds:,.0f} tokens/s, "
         f"{chosen.bytes / 1e9:.1f} GB"
     )
@@ -70,8 +70,8 @@ def _on_time(chosen: Estimate, others: Sequence[Estimate], goal: Goal) -> str:
     best = min(fused, key=lambda one: one.seconds, default=None)
     if best is not None and not chosen.choice.fused:
         said += (
-            f" Fused kernels (--liger) bring norms, rotations and activations from {chosen.of(*_SEPARATE) / 60:.1f} to "
-            f"{best.of(*_SEPARATE) / 60:.1f}: {best.seconds / 60:.1f} minutes."
+            " Fused kernels (--compile or --liger) bring norms, rotations and activations from "
+            f"{chosen.of(*_SEPARATE) / 60:.1f} to {best.of(*_SEPARATE) / 60:.1f}: {best.seconds / 60:.1f} minutes."
         )
     return said
 
