@@ -1,6 +1,6 @@
 """What devices can do: published peaks, and how much of them a training step gets.
 
-The shares come from profiles of a step of LLaMA-7B's shape (benchmarks/training/step-h100.json and step-h200.json), 8,000
+The shares come from profiles of a step of LLaMA-7B's shape (benchmarks/results/gpu/step-7b-*.json), 8,000
 tokens in sequences as long as Alpaca's, bfloat16. Matrix products reached 770 to 790 TFLOP/s (710 where kernels follow one
 another so closely that the card draws all its power); elementwise kernels, of which many broadcast or convert, moved 2.0
 TB/s on the H100 and 2.2 on the H200; the host took 50 microseconds for a kernel. For other GPUs such shares are assumed.

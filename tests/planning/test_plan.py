@@ -18,7 +18,7 @@ from llama_adapter_kernels.planning.operations import Adapter
 from llama_adapter_kernels.planning.report import Goal, verdict
 from llama_adapter_kernels.planning.shapes import BUILTIN, ModelShape, read_shape, shape_of
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "training"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu"
 LLAMA, ADAPTER = read_shape("llama-7b"), Adapter(30)
 
 
@@ -34,7 +34,7 @@ def of_llama(choice: Choice, device: str = "h100", data: Data | None = None) -> 
 
 def profile(card: str, name: str) -> dict[str, Any]:
     """What step_on_gpu.py measured there."""
-    found: dict[str, Any] = json.loads((FOLDER / f"step-{card}.json").read_text())["contestants"][name]
+    found: dict[str, Any] = json.loads((FOLDER / f"step-7b-{card}.json").read_text())["contestants"][name]
     return found
 
 
