@@ -19,18 +19,9 @@ from torch import Tensor
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.state import AdapterState
 from llama_adapter_kernels.adapters.v2 import Tuning
+from llama_adapter_kernels.formats import reading
 from llama_adapter_kernels.formats.files import clip
 from llama_adapter_kernels.formats.meta_names import rows_in_halves
-from llama_adapter_kernels.formats.reading import (
-    Choices,
-    Reading,
-    Source,
-    expect_names,
-    expect_shape,
-    load_floating,
-    refuse_gate,
-    unknown_note,
-)
 
 _FUSED = ("attn.qkv", "attn.attn", "attn.c_attn")
 LINEARS = {
@@ -63,13 +54,13 @@ def matches(names: "set[str]") -> bool:
     return any(_PROMPT.fullmatch(name) or _TUNED.fullmatch(name) for name in names)
 
 
-def read(source: Source, choices: Choices) -> Reading:
+def read(source: reading.Source, choices: reading.Choices) -> reading.Reading:
     """The adapter of a LitGPT or lit-llama file, version 1 or 2.
 
     Raises:
         ValueError: keys are missing or do not fit each other, or they are of a model that is no Llama.
     """
-    refuse_gate(choices, "identity", "LitGPT")
+    reading.refuse_gate(choices, "identity", "LitGPT")
     prompts, gates = _by_layer(source, "adapter_wte.weight"), _by_layer(source, "gating_factor")
     known = [*prompts.values(), *gates.values()]
     tuned = [name for name in source.shapes if any(p.fullmatch(name) for p in (_TUNED, _NORM, _HEAD, _LAST_NORM))]
@@ -82,11 +73,11 @@ def read(source: Source, choices: Choices) -> Reading:
     ]
     total = max(numbers) + 1
     start = min(prompts.keys() | gates.keys(), default=total)
-    expect_names(source, [
+    reading.expect_names(source, [
         f"transformer.h.{layer}.attn.{what}" for layer in range(start, total)
         for found, what in ((prompts, "adapter_wte.weight"), (gates, "gating_factor")) if layer not in found
     ])  # fmt: skip
-    loaded, notes = load_floating(source, [*known, *tuned])
+    loaded, notes = reading.load_floating(source, [*known, *tuned])
     length, hidden, heads = _sizes(source, prompts, gates)
     tensors = {f"layers.{layer}.prompt": loaded[name] for layer, name in prompts.items()}
     tensors |= {f"layers.{layer}.gate": loaded[name].reshape(-1) for layer, name in gates.items()}
@@ -107,15 +98,15 @@ def read(source: Source, choices: Choices) -> Reading:
     )  # fmt: skip
     base = {"hidden_size": hidden, "num_hidden_layers": total} | ({"num_attention_heads": heads} if heads else {})
     state = AdapterState(config, base, tensors, source.load(rest))
-    return Reading(state, (*said, *notes, *unknown_note(rest)))
+    return reading.Reading(state, (*said, *notes, *reading.unknown_note(rest)))
 
 
-def _by_layer(source: Source, what: str) -> dict[int, str]:
+def _by_layer(source: reading.Source, what: str) -> dict[int, str]:
     matched = ((_PROMPT.fullmatch(name), name) for name in source.shapes)
     return {int(match[1]): name for match, name in matched if match and match[2] == what}
 
 
-def _sizes(source: Source, prompts: Mapping[int, str], gates: Mapping[int, str]) -> tuple[int, int, int | None]:
+def _sizes(source: reading.Source, prompts: Mapping[int, str], gates: Mapping[int, str]) -> tuple[int, int, int | None]:
     """P, C and H; H is None where there is one gate for all heads. All layers agree."""
     if not prompts:
         return 0, 0, None
@@ -130,12 +121,12 @@ def _sizes(source: Source, prompts: Mapping[int, str], gates: Mapping[int, str])
             f"{source.path}: {next(iter(gates.values()))}: expected one gate per head, got {clip(list(gate))}"
         )
     for layer in prompts:
-        expect_shape(source, prompts[layer], shape, "as in the other layers")
-        expect_shape(source, gates[layer], gate, "as in the other layers")
+        reading.expect_shape(source, prompts[layer], shape, "as in the other layers")
+        reading.expect_shape(source, gates[layer], gate, "as in the other layers")
     return shape[0], shape[1], heads if len(gate) == 4 else None
 
 
-def _legacy_rows(choices: Choices, tuned: Iterable[str], prompted: bool) -> tuple[bool, tuple[str, ...]]:
+def _legacy_rows(choices: reading.Choices, tuned: Iterable[str], prompted: bool) -> tuple[bool, tuple[str, ...]]:
     """Whether prompts use the rows of releases from 0.5.5, and what to say of that."""
     named = any(".attn.qkv." in name for name in tuned)  # the name that came with 0.5.5
     if choices.legacy_rows is not None or not prompted:
@@ -147,7 +138,7 @@ def _legacy_rows(choices: Choices, tuned: Iterable[str], prompted: bool) -> tupl
     return False, ("taken for a file of LitGPT up to 0.5.4 or lit-llama; one of 0.5.5 or later needs legacy rows",)
 
 
-def _expect_complete(source: Source, tuned: Iterable[str], total: int) -> None:
+def _expect_complete(source: reading.Source, tuned: Iterable[str], total: int) -> None:
     """Every layer has what one of them has."""
     kinds: dict[str, set[int]] = {}
     for name in tuned:
@@ -175,7 +166,12 @@ def _expect_complete(source: Source, tuned: Iterable[str], total: int) -> None:
 
 
 def _tuned(
-    source: Source, choices: Choices, loaded: Mapping[str, Tensor], tuned: Iterable[str], hidden: int, heads: int | None
+    source: reading.Source,
+    choices: reading.Choices,
+    loaded: Mapping[str, Tensor],
+    tuned: Iterable[str],
+    hidden: int,
+    heads: int | None,
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Notes, and scales, biases and norms by their names in AdapterState."""
     tensors: dict[str, Tensor] = {}
@@ -194,7 +190,9 @@ def _tuned(
                 continue
             if split is None:
                 split, notes = _heads(source, choices, tensor.numel(), hidden, heads)
-            expect_shape(source, name, ((split.queries + 2 * split.groups) * split.size,), "queries, keys and values")
+            reading.expect_shape(
+                source, name, ((split.queries + 2 * split.groups) * split.size,), "queries, keys and values"
+            )
             for part, rows in zip("qkv", _split_rows(tensor, match[2], split), strict=True):
                 if match[2] == "attn.c_attn" and part != "v":
                     rows = rows_in_halves(rows, split.size)
@@ -205,7 +203,7 @@ def _tuned(
 
 
 def _heads(
-    source: Source, choices: Choices, rows: int, hidden: int, heads: int | None
+    source: reading.Source, choices: reading.Choices, rows: int, hidden: int, heads: int | None
 ) -> tuple[Heads, tuple[str, ...]]:
     """How the rows of the fused linear divide into heads: by the base model, else by the gates and the rows."""
     base = choices.base

@@ -16,17 +16,8 @@ from torch import Tensor
 from llama_adapter_kernels.adapters.config import AdapterConfig
 from llama_adapter_kernels.adapters.state import AdapterState
 from llama_adapter_kernels.adapters.v2 import Tuning
+from llama_adapter_kernels.formats import reading
 from llama_adapter_kernels.formats.files import clip, new_folder
-from llama_adapter_kernels.formats.reading import (
-    Choices,
-    Reading,
-    Source,
-    expect_names,
-    expect_shape,
-    load_floating,
-    refuse_gate,
-    unknown_note,
-)
 from llama_adapter_kernels.formats.writing import effective_gates, last_layers, refuse_tuning
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -40,14 +31,14 @@ def matches(names: "set[str]") -> bool:
     return any(_KEY.fullmatch(name) or _GPT2.fullmatch(name) for name in names)
 
 
-def read(source: Source, choices: Choices) -> Reading:
+def read(source: reading.Source, choices: reading.Choices) -> reading.Reading:
     """The adapter of a PEFT folder, or of its file of weights alone.
 
     Raises:
         ValueError: keys are missing or do not fit each other or the configuration; or it is for GPT-2, whose prefix PEFT
             adds behind the output projection, as no other implementation does.
     """
-    refuse_gate(choices, "identity", "PEFT")
+    reading.refuse_gate(choices, "identity", "PEFT")
     if any(_GPT2.fullmatch(name) for name in source.shapes):
         raise ValueError(
             f"{source.path}: for GPT-2, where PEFT adds the prefix behind the output projection and not before it: "
@@ -59,19 +50,19 @@ def read(source: Source, choices: Choices) -> Reading:
             found[match[2]][int(match[1])] = name
     layers = sorted(found["prompt"].keys() | found["gate"].keys())
     missing = [f"layers.{n}.self_attn.adaption_{what}" for what in found for n in layers if n not in found[what]]
-    expect_names(source, missing)
+    reading.expect_names(source, missing)
     shape = source.shapes[found["prompt"][layers[0]]]
     if len(shape) != 3 or shape[0] != 1 or 0 in shape:
         raise ValueError(
             f"{source.path}: {found['prompt'][layers[0]]}: expected [1, prompts, hidden], got {clip(list(shape))}"
         )
     for layer in layers:
-        expect_shape(source, found["prompt"][layer], shape, "as in the other layers")
-        expect_shape(source, found["gate"][layer], (1,), "one gate per layer")
+        reading.expect_shape(source, found["prompt"][layer], shape, "as in the other layers")
+        reading.expect_shape(source, found["gate"][layer], (1,), "one gate per layer")
     if layers != list(range(layers[0], layers[0] + len(layers))):
         raise ValueError(f"{source.path}: expected prompts of the last layers without a gap, got layers {clip(layers)}")
     _compare(source, len(layers), shape[1])
-    loaded, notes = load_floating(source, [*found["prompt"].values(), *found["gate"].values()])
+    loaded, notes = reading.load_floating(source, [*found["prompt"].values(), *found["gate"].values()])
     tensors = {f"layers.{layer}.prompt": loaded[found["prompt"][layer]][0].clone() for layer in layers}
     tensors |= {f"layers.{layer}.gate": loaded[found["gate"][layer]] for layer in layers}
     unknown = [name for name in source.shapes if not _KEY.fullmatch(name)]
@@ -80,10 +71,12 @@ def read(source: Source, choices: Choices) -> Reading:
     bias = (
         "a bias of the output projection counts twice in PEFT: only loading onto a model reproduces that, a file cannot"
     )
-    return Reading(AdapterState(config, base, tensors, source.load(unknown)), (*notes, bias, *unknown_note(unknown)))
+    return reading.Reading(
+        AdapterState(config, base, tensors, source.load(unknown)), (*notes, bias, *reading.unknown_note(unknown))
+    )
 
 
-def _compare(source: Source, layers: int, length: int) -> None:
+def _compare(source: reading.Source, layers: int, length: int) -> None:
     """The configuration, where there is one, says the same as the tensors."""
     told = source.facts.get("adapter_config")
     if told is None:

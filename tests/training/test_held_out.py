@@ -20,6 +20,7 @@ from llama_adapter_kernels.training.data import read_rows
 from llama_adapter_kernels.training.held_out import Best, HeldOut, batches_of, split_off
 from llama_adapter_kernels.training.run_folder import CSV_FILE, EVAL_FILE
 from llama_adapter_kernels.training.tokens import Example, tokenize
+from tests.support.kills import KillAfter, Killed
 from tests.support.runs import QUIET, SHORT, run, weights
 
 SETTINGS = replace(SHORT, epochs=4, eval_steps=2, eval_fraction=0.25)
@@ -97,19 +98,6 @@ def test_stopping_early_and_staying_stopped(
     again = run(tiny_model, rows_file, tmp_path / "run", settings, execution=EXECUTION, resume=True)
     assert (again.finished, again.step, again.best_step) == (True, 6, 2)
     assert again.held_out_losses == outcome.held_out_losses
-
-
-class Killed(BaseException):
-    """As a kill: nothing catches it."""
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
 
 
 def test_a_killed_run_remembers_its_best(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -12,31 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training import checkpoints, finetune
 from llama_adapter_kernels.training.checkpoints import MANIFEST, last_whole_checkpoint, step_of
 from llama_adapter_kernels.training.reporters import TensorBoardLog
 from llama_adapter_kernels.training.run_folder import CSV_FILE, RUN_FILE, claim
+from tests.support.kills import KillAfter, Killed
 from tests.support.runs import QUIET, SHORT, run, weights
 
 LONG = replace(SHORT, epochs=4)  # 12 steps
 # Saves at steps 5 and 10 and logs means of three steps: checkpoints come in the middle of them.
 MEANS = replace(QUIET, log_steps=3)
-
-
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
-
-
-class KillAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.fixture(scope="module")
