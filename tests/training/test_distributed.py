@@ -35,7 +35,7 @@ def folder(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathF
     command = [sys.executable, "-m", "tests.support.processes", "tests.support.distributed_runs", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, said = process.communicate(timeout=150)
+            _, said = process.communicate(timeout=300)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
