@@ -1,4 +1,4 @@
-"""Rows that see few keys: what is left of a gradient that is 0 to mathematics, as docs/operation.md states it."""
+"""Rows that see few keys: what is left of a gradient that is mathematically 0, as docs/operation.md states it."""
 
 import torch
 from hypothesis import given, settings
