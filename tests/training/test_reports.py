@@ -1,5 +1,6 @@
 """Where the losses of a run go: TensorBoard, Weights & Biases, nowhere."""
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training import reporters
+from llama_adapter_kernels.training.reporters import TensorBoardLog
 from tests.support.runs import QUIET, SHORT, run
 from tests.support.stand_ins import stand_in
 
@@ -101,3 +103,26 @@ def test_wandb_without_a_network_is_not_the_end(
     stand_in(monkeypatch, "wandb", init=told.init)
     assert run(tiny_model, rows_file, tmp_path / "run", execution=replace(QUIET, report_to="wandb")).finished
     assert caplog.text.count("wandb: no network; nothing more is sent there") == 1
+
+
+def test_a_full_disk_for_tensorboard_is_not_the_end(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    execution = replace(QUIET, tensorboard=True)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="llama_adapter_kernels"):
+        patch.setattr(EventFileWriter, "add_event", full)
+        assert run(tiny_model, rows_file, tmp_path / "run", execution=execution).finished
+    assert caplog.text.count("No space left on device; nothing more is written there") == 1
+    # The folder itself cannot be made.
+    (tmp_path / "other").mkdir()
+    log = TensorBoardLog(tmp_path / "other" / "file" / "tensorboard")
+    (tmp_path / "other" / "file").write_text("")
+    state = type("State", (), {"is_world_process_zero": True, "is_hyper_param_search": False})()
+    log.on_train_begin(None, state, None)
+    assert log.tb_writer is None

@@ -16,7 +16,6 @@ import torch
 from llama_adapter_kernels.errors import UserError
 from llama_adapter_kernels.training import checkpoints, finetune
 from llama_adapter_kernels.training.checkpoints import MANIFEST, last_whole_checkpoint, step_of
-from llama_adapter_kernels.training.reporters import TensorBoardLog
 from llama_adapter_kernels.training.run_folder import CSV_FILE, RUN_FILE, claim
 from tests.support.kills import KillAfter, Killed
 from tests.support.runs import QUIET, SHORT, run, weights
@@ -278,26 +277,3 @@ def test_the_first_step_of_a_longer_run_learns(copy: Path, tiny_model: Path, row
     before = weights(copy)
     run(tiny_model, rows_file, copy, replace(LONG, max_steps=13), execution=MEANS, resume=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(copy).items())
-
-
-def test_a_full_disk_for_tensorboard_is_not_the_end(
-    tiny_model: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    execution = replace(QUIET, tensorboard=True)
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="llama_adapter_kernels"):
-        patch.setattr(EventFileWriter, "add_event", full)
-        assert run(tiny_model, rows_file, tmp_path / "run", execution=execution).finished
-    assert caplog.text.count("No space left on device; nothing more is written there") == 1
-    # The folder itself cannot be made.
-    (tmp_path / "other").mkdir()
-    log = TensorBoardLog(tmp_path / "other" / "file" / "tensorboard")
-    (tmp_path / "other" / "file").write_text("")
-    state = type("State", (), {"is_world_process_zero": True, "is_hyper_param_search": False})()
-    log.on_train_begin(None, state, None)
-    assert log.tb_writer is None
