@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_check_races import races, table
+
 ROOT = Path(__file__).parents[1].resolve()
 FORMAT, VERSION = "llama-adapter-kernels GPU check", 1
 PARTS = ("smoke", "tests", "sanitizer", "bench", "profile")
@@ -220,19 +222,6 @@ def run(check: Check, carried: str | None) -> None:
             only(backend, f"profile_{name}", "profile", lambda n=name: profile(check, n))  # type: ignore[misc]
 
 
-def races(folder: Path) -> list[dict[str, Any]]:
-    """By race: milliseconds of the contestants that matter here, from bench.json; none where it is not there."""
-    path = folder / "bench.json"
-    if not path.exists():
-        return []
-    found: dict[str, dict[str, Any]] = {}
-    for entry in json.loads(path.read_text())["measurements"]:
-        if entry["peer"] in ("two-sdpa", "sdpa", "ours-cuda", "ours-triton") and entry["median"]:
-            race = found.setdefault(f"{entry['case']} {entry['mode']} {entry['dtype']}", {})
-            race[entry["peer"]] = round(entry["median"] * 1e3, 4)
-    return [{"race": name, **times} for name, times in found.items()]
-
-
 def markdown(check: Check, found: list[dict[str, Any]]) -> str:
     """The summary for people."""
     facts = ", ".join(value for value in check.machine.values() if value)
@@ -245,10 +234,7 @@ def markdown(check: Check, found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| {s.name} | {s.status} | {s.seconds:g} | {s.note.replace('|', '/')} |" for s in check.steps]
-    if found:
-        peers = ("ours-cuda", "ours-triton", "two-sdpa", "sdpa")
-        lines += ["", "Milliseconds:", "", f"| race | {' | '.join(peers)} |", "|---|" + "---|" * len(peers)]
-        lines += [f"| {r['race']} | {' | '.join(str(r.get(peer, '-')) for peer in peers)} |" for r in found]
+    lines += table(found)
     if check.profiles:
         lines += [
             "",
