@@ -7,7 +7,6 @@ fewer tokens). On a CPU memory is what the process has in RAM; on a GPU what tor
 """
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
@@ -19,16 +18,23 @@ from llama_adapter_kernels.training import loss
 ALLOWED = 1.2
 
 
-def peak_bytes(device: torch.device) -> int:
+def forget_peak(device: torch.device) -> int:
+    """What is in use now, in bytes; from here on `peak_bytes` counts."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back (Linux)
+    return _status("VmRSS")
 
 
-def resident_bytes() -> int:
-    """What the process has in RAM now, no more than its peak so far."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def peak_bytes(device: torch.device) -> int:
+    # Not getrusage: its peak begins with that of the process that started this one.
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
 
 
 def main() -> None:
@@ -47,11 +53,7 @@ def main() -> None:
     targets = torch.randint(given.vocabulary, (given.tokens,), device=device)
     loss.head_loss(head, hidden[:8], targets[:8]).backward()  # what libraries allocate once
     hidden.grad = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        before = resident_bytes()
+    before = forget_peak(device)
     loss.head_loss(head, hidden, targets).backward()
     weight = head.weight.nbytes
     chunk = loss.chunk_rows(given.vocabulary, hidden) * given.vocabulary * 4
