@@ -7,27 +7,11 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels.ops.arguments import Gradients, of_backward
-from llama_adapter_kernels.triton_kernels import prefix, tuning
+from llama_adapter_kernels.triton_kernels import host, prefix, tuning
 from llama_adapter_kernels.triton_kernels.backward_prefix import backward_prefix_kernel, backward_sums_kernel
 from llama_adapter_kernels.triton_kernels.backward_rows import backward_rows_kernel
 from llama_adapter_kernels.triton_kernels.backward_words import backward_words_kernel
-from llama_adapter_kernels.triton_kernels.host import (
-    Mask,
-    Sizes,
-    alignment,
-    block_of,
-    blocks,
-    descriptor,
-    empty_rows_like,
-    finish,
-    gate_strides,
-    log2_scale,
-    mask_view,
-    run,
-    strides,
-    with_unit_stride,
-    zero_tail,
-)
+from llama_adapter_kernels.triton_kernels.host import Mask, Sizes, blocks, gate_strides, run, strides
 from llama_adapter_kernels.triton_kernels.tile_race import Tiles, choose, kind_of
 from llama_adapter_kernels.triton_kernels.tuning import Tile, is_forced, tile_for
 
@@ -88,15 +72,15 @@ def backward(*arguments: Any) -> Gradients:
     )
     attn_mask, key_start, key_end, prefix_index, cu_seqlens_q, cu_seqlens_k, *longest, scale, is_causal = options
     size = Sizes(query, key, prefix_key, prefix_index, cu_seqlens_q, *longest)
-    q, k, v, do, o = (with_unit_stride(tensor) for tensor in (query, key, value, doutput, output))
-    kp, vp = (None if tensor is None else with_unit_stride(tensor) for tensor in (prefix_key, prefix_value))
+    q, k, v, do, o = (host.with_unit_stride(tensor) for tensor in (query, key, value, doutput, output))
+    kp, vp = (None if tensor is None else host.with_unit_stride(tensor) for tensor in (prefix_key, prefix_value))
     inputs = _Inputs(
-        size, q, k, v, do, kp, vp, gate, logsumexp, mask_view(attn_mask), key_start, key_end, prefix_index, cu_seqlens_q,
-        cu_seqlens_k, scale, is_causal,
+        size, q, k, v, do, kp, vp, gate, logsumexp, host.mask_view(attn_mask), key_start, key_end, prefix_index,
+        cu_seqlens_q, cu_seqlens_k, scale, is_causal,
     )  # fmt: skip
     need_words = needed.dquery or needed.dkey_dvalue
     dquery, dkey, dvalue = (
-        empty_rows_like(tensor) if wanted else None
+        host.empty_rows_like(tensor) if wanted else None
         for tensor, wanted in ((query, needed.dquery), (key, needed.dkey_dvalue), (value, needed.dkey_dvalue))
     )
     none = query.new_empty(0)
@@ -104,18 +88,18 @@ def backward(*arguments: Any) -> Gradients:
     if need_words or needed.dprefix:
         statistics, sums = _rows(inputs, o, need_words, needed.dprefix)
         if needed.dprefix and prefix_key is not None and prefix_value is not None and gate is not None:
-            dprefix_key, dprefix_value = empty_rows_like(prefix_key), empty_rows_like(prefix_value)
+            dprefix_key, dprefix_value = host.empty_rows_like(prefix_key), host.empty_rows_like(prefix_value)
             dgate = torch.zeros(size.prefix_count, size.heads_q, dtype=torch.float32, device=query.device)
             if size.prefix_length > 0:
                 _prefix(inputs, statistics, sums, dprefix_key, dprefix_value, dgate)
-            dprefix_key, dprefix_value = finish(dprefix_key, prefix_key), finish(dprefix_value, prefix_value)
+            dprefix_key, dprefix_value = host.finish(dprefix_key, prefix_key), host.finish(dprefix_value, prefix_value)
         if need_words:
             _words(inputs, statistics, dquery, dkey, dvalue)
     if not size.tokens:
         for gradient, offsets in ((dquery, cu_seqlens_q), (dkey, cu_seqlens_k), (dvalue, cu_seqlens_k)):
-            zero_tail(gradient, offsets)
+            host.zero_tail(gradient, offsets)
     dquery, dkey, dvalue = (
-        none if gradient is None else finish(gradient, like)
+        none if gradient is None else host.finish(gradient, like)
         for gradient, like in ((dquery, query), (dkey, key), (dvalue, value))
     )
     return dquery, dkey, dvalue, dprefix_key, dprefix_value, dgate
@@ -149,12 +133,12 @@ def _rows(inputs: _Inputs, output: Tensor, need_words: bool, need_dprefix: bool)
         sums.prefix, sums.gate,
         strides(q), strides(inputs.key), strides(inputs.value), strides(do), strides(output),
         strides(inputs.prefix_key), strides(inputs.prefix_value), *gate_strides(inputs.gate), *inputs.mask.strides,
-        size.heads_q, size.group, *size.extents, chunks, inputs.scale, log2_scale(inputs.scale),
+        size.heads_q, size.group, *size.extents, chunks, inputs.scale, host.log2_scale(inputs.scale),
         HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=tile.block_m,
         BLOCK_N=16 if inputs.mask.tensor is None else 32, BLOCK_P=size.block_p, PREFIX=size.prefix,
         NEED_DELTA=need_words, NEED_PREFIX=need_dprefix, CAUSAL=inputs.is_causal, MASK=inputs.mask.kind,
         TOKENS=size.tokens,
-        ALIGNMENT=alignment(q, inputs.key, inputs.value, do, output, inputs.prefix_key, inputs.prefix_value),
+        ALIGNMENT=host.alignment(q, inputs.key, inputs.value, do, output, inputs.prefix_key, inputs.prefix_value),
     )  # fmt: skip
     return statistics, sums
 
@@ -173,12 +157,12 @@ def _prefix(
             statistics.prefix_logsumexp, statistics.prefix_delta, sums.prefix,
             strides(q), strides(do), strides(inputs.prefix_key), strides(inputs.prefix_value),
             *gate_strides(inputs.gate), size.heads_q, size.group, size.seq_q, size.total_q, size.sequences,
-            size.prefix_count, size.prefix_length, sums.chunks, inputs.scale, log2_scale(inputs.scale),
+            size.prefix_count, size.prefix_length, sums.chunks, inputs.scale, host.log2_scale(inputs.scale),
             HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, BLOCK_M=tile.block_m, BLOCK_P=size.block_p,
-            TOKENS=size.tokens, ALIGNMENT=alignment(q, do, inputs.prefix_key, inputs.prefix_value),
+            TOKENS=size.tokens, ALIGNMENT=host.alignment(q, do, inputs.prefix_key, inputs.prefix_value),
         )  # fmt: skip
     columns = 2 * size.prefix_length * size.head_dim
-    block_c = min(_SUMS_TILE.block_n, block_of(columns))
+    block_c = min(_SUMS_TILE.block_n, host.block_of(columns))
     run(
         backward_sums_kernel, (size.prefix_count * size.heads_kv, blocks(columns, block_c) + 1), q.device, _SUMS_TILE,
         sums.prefix, sums.gate, inputs.prefix_index, dprefix_key, dprefix_value, dgate,
@@ -200,7 +184,7 @@ def _words(
         key_blocks = 0 if dkey is None else blocks(size.seq_k, keys.block_n)
         row_blocks = 0 if dquery is None else blocks(size.seq_q, queries.block_m)
         row_descriptors, key_descriptors = (
-            [descriptor(tensor, rows, size.block_d) if whole_axis else None for tensor in tensors]
+            [host.descriptor(tensor, rows, size.block_d) if whole_axis else None for tensor in tensors]
             for tensors, rows in (((q, do), keys.block_m), ((k, v), queries.block_n))
         )
         run(
@@ -211,11 +195,11 @@ def _words(
             inputs.cu_seqlens_k, *row_descriptors, *key_descriptors,
             strides(q), strides(k), strides(v), strides(inputs.prefix_key), strides(inputs.prefix_value), strides(do),
             strides(dquery), strides(dkey), strides(dvalue), *gate_strides(inputs.gate), *inputs.mask.strides,
-            size.heads_q, size.heads_kv, size.group, *size.extents, inputs.scale, log2_scale(inputs.scale),
+            size.heads_q, size.heads_kv, size.group, *size.extents, inputs.scale, host.log2_scale(inputs.scale),
             HEAD_DIM=size.head_dim, BLOCK_D=size.block_d, KEYS_M=keys.block_m, KEYS_N=keys.block_n,
             QUERIES_M=queries.block_m, QUERIES_N=queries.block_n, BLOCK_P=size.block_p, PREFIX=size.prefix,
             CAUSAL=inputs.is_causal, MASK=inputs.mask.kind, TOKENS=size.tokens,
-            ALIGNMENT=alignment(q, k, v, inputs.prefix_key, inputs.prefix_value, do, dquery, dkey, dvalue),
+            ALIGNMENT=host.alignment(q, k, v, inputs.prefix_key, inputs.prefix_value, do, dquery, dkey, dvalue),
         )  # fmt: skip
 
     phases = ("backward_keys", "backward_queries")
