@@ -213,7 +213,8 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
 
 def measured_on(machine: dict[str, Any], path: Path) -> str:
     """One sentence about device, versions and file."""
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    device = machine.get("gpu") or f"{machine['cpu']}, {threads}"
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
     return (
         f"Measured on {device}, torch {machine['torch']}, transformers {machine['transformers']}, PEFT "
