@@ -90,7 +90,7 @@ __global__ void named_barriers(float* out) {
   const unsigned half = threadIdx.x / 64, lane = threadIdx.x % 64, base = ptx::dynamic_shared_memory() + half * 256;
   ptx::store_shared(base + lane * 4, static_cast<float>(lane));
   ptx::named_barrier(1 + half, 64);
-  if (half == blockIdx.x) ptx::store_global(out + lane, ptx::load_shared<float>(base + (lane + 1) % 64 * 4));
+  if (half == 1) ptx::store_global(out + lane, ptx::load_shared<float>(base + (lane + 1) % 64 * 4));
 }
 
 __global__ void named_barrier_too_small(float* out) {
@@ -103,6 +103,37 @@ __global__ void divergent_shuffle(float* out) {
   float value = 1.0f;
   if (threadIdx.x % 32 < 31) value = __shfl_xor_sync(0xffffffffu, value, 1);
   ptx::store_global(out + threadIdx.x, value);
+}
+
+// Two blocks without an order between them.
+__global__ void blocks_write_the_same(float* out) { ptx::store_global(out + threadIdx.x, 1.0f); }
+__global__ void blocks_read_what_others_write(float* out) {
+  const unsigned mine = threadIdx.x / 2 * 2 + blockIdx.x;
+  ptx::store_global(out + mine, 1.0f);
+  __syncthreads();
+  ptx::store_global(out + mine, ptx::load_global(out + (mine ^ 1)));
+}
+__global__ void blocks_add_to_what_others_read(float* out) {
+  if (blockIdx.x == 0) {
+    ptx::add_global(out + threadIdx.x, 1.0f);
+  } else {
+    ptx::load_global(out + threadIdx.x);
+  }
+}
+__global__ void blocks_write_their_own(float* out) {
+  if (threadIdx.x % 2 == blockIdx.x) ptx::store_global(out + threadIdx.x, static_cast<float>(blockIdx.x));
+}
+
+// Counts how often another block than the last one passes a barrier.
+__global__ void blocks_take_turns(float* out) {
+  static unsigned arrivals = 0;
+  for (int round = 0; round < 16; ++round) {
+    __syncthreads();
+    if (threadIdx.x != 0) continue;
+    static unsigned last = 0;
+    if (arrivals++ > 0 && last != blockIdx.x) ptx::add_global(out + 1, 1.0f);
+    last = blockIdx.x;
+  }
 }
 
 // The shared memory that nobody wrote is NaN.
@@ -148,27 +179,38 @@ namespace emulator {
 
 void run_fault(const std::string& name, uint64_t memory) {
   auto* out = reinterpret_cast<float*>(memory);
-#define LAK_KERNEL(label, kernel, threads, bytes) \
-  if (name == label) return static_cast<void>(lak::ptx::launch<kernel>(2, threads, bytes, nullptr, out));
-  LAK_KERNEL("barrier", neighbour<true>, kBlock, 256)
-  LAK_KERNEL("missing_barrier", neighbour<false>, kBlock, 256)
-  LAK_KERNEL("missing_second_barrier", missing_second_barrier, kBlock, 256)
-  LAK_KERNEL("missing_warp_sync", missing_warp_sync, 32, 256)
-  LAK_KERNEL("waited_copy", wait_for_copy<0>, kBlock, 256)
-  LAK_KERNEL("unwaited_copy", wait_for_copy<1>, kBlock, 256)
-  LAK_KERNEL("abandoned_copy", abandoned_copy<true>, kBlock, 1024)
-  LAK_KERNEL("uncommitted_copy", abandoned_copy<false>, kBlock, 1024)
-  LAK_KERNEL("shared_off_by_one", shared_off_by_one, kBlock, 256)
-  LAK_KERNEL("global_off_by_one", global_off_by_one, kBlock, 256)
-  LAK_KERNEL("misaligned_copy", misaligned_copy, 32, 256)
-  LAK_KERNEL("divergent_barrier", divergent_barrier, kBlock, 0)
-  LAK_KERNEL("two_barriers", two_barriers, kBlock, 0)
-  LAK_KERNEL("named_barriers", named_barriers, 128, 512)
-  LAK_KERNEL("named_barrier_too_small", named_barrier_too_small, 96, 0)
-  LAK_KERNEL("divergent_shuffle", divergent_shuffle, 32, 0)
-  LAK_KERNEL("uninitialised", uninitialised, kBlock, 256)
-  LAK_KERNEL("many_threads", many_threads, 1024, 0)
-  LAK_KERNEL("matrix_round_trip", matrix_round_trip, 32, 1024)
+#define LAK_KERNEL(label, kernel, blocks, threads, bytes)                                         \
+  if (name == label) {                                                                            \
+    const cudaError_t error = lak::ptx::launch<kernel>(blocks, threads, bytes, nullptr, out);     \
+    if (error != cudaSuccess) throw std::runtime_error("launch: error " + std::to_string(error)); \
+    return;                                                                                       \
+  }
+  LAK_KERNEL("barrier", neighbour<true>, 1, kBlock, 256)
+  LAK_KERNEL("shared_memory_not_asked_for", neighbour<true>, 1, kBlock, 50 * 1024)
+  LAK_KERNEL("too_many_threads", neighbour<true>, 1, 1056, 4224)
+  LAK_KERNEL("blocks_write_the_same", blocks_write_the_same, 2, kBlock, 0)
+  LAK_KERNEL("blocks_read_what_others_write", blocks_read_what_others_write, 2, kBlock, 0)
+  LAK_KERNEL("blocks_add_to_what_others_read", blocks_add_to_what_others_read, 2, kBlock, 0)
+  LAK_KERNEL("blocks_write_their_own", blocks_write_their_own, 2, kBlock, 0)
+  LAK_KERNEL("blocks_take_turns", blocks_take_turns, 2, kBlock, 0)
+  LAK_KERNEL("missing_barrier", neighbour<false>, 1, kBlock, 256)
+  LAK_KERNEL("missing_second_barrier", missing_second_barrier, 1, kBlock, 256)
+  LAK_KERNEL("missing_warp_sync", missing_warp_sync, 1, 32, 256)
+  LAK_KERNEL("waited_copy", wait_for_copy<0>, 1, kBlock, 256)
+  LAK_KERNEL("unwaited_copy", wait_for_copy<1>, 1, kBlock, 256)
+  LAK_KERNEL("abandoned_copy", abandoned_copy<true>, 1, kBlock, 1024)
+  LAK_KERNEL("uncommitted_copy", abandoned_copy<false>, 1, kBlock, 1024)
+  LAK_KERNEL("shared_off_by_one", shared_off_by_one, 1, kBlock, 256)
+  LAK_KERNEL("global_off_by_one", global_off_by_one, 1, kBlock, 256)
+  LAK_KERNEL("misaligned_copy", misaligned_copy, 1, 32, 256)
+  LAK_KERNEL("divergent_barrier", divergent_barrier, 1, kBlock, 0)
+  LAK_KERNEL("two_barriers", two_barriers, 1, kBlock, 0)
+  LAK_KERNEL("named_barriers", named_barriers, 1, 128, 512)
+  LAK_KERNEL("named_barrier_too_small", named_barrier_too_small, 1, 96, 0)
+  LAK_KERNEL("divergent_shuffle", divergent_shuffle, 1, 32, 0)
+  LAK_KERNEL("uninitialised", uninitialised, 1, kBlock, 256)
+  LAK_KERNEL("many_threads", many_threads, 2, 1024, 0)
+  LAK_KERNEL("matrix_round_trip", matrix_round_trip, 1, 32, 1024)
 #undef LAK_KERNEL
   throw std::invalid_argument("no kernel is called " + name);
 }

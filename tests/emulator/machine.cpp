@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace emulator {
 namespace {
@@ -14,12 +16,21 @@ namespace {
 thread_local Block* active = nullptr;
 uint64_t current_seed = 0;
 Counts current_counts;
+constexpr uint64_t kSectorBytes = 32, kMostCounted = uint64_t{1} << 32;
 
-// Stacks of up to 1024 fibers, mapped once: pages that no fiber touches cost nothing.
+// forward_kernel of "... kKernel = lak::sm80::forward_kernel<...>; ..."
+std::string short_name(const std::string& kernel) {
+  const size_t at = kernel.find("kKernel = ");
+  if (at == std::string::npos) return kernel;
+  const std::string name = kernel.substr(at + 10, kernel.find_first_of("<;]", at) - at - 10);
+  return name.substr(name.rfind(':') + 1);
+}
+
+// Stacks of up to 1024 fibers for each block in flight, mapped once: pages that no fiber touches cost nothing.
 uint8_t* stack_of(unsigned number) {
   static uint8_t* stacks = [] {
-    void* memory =
-        mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kBlocksInFlight * 1024 * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for the stacks of the threads");
     return static_cast<uint8_t*>(memory);
   }();
@@ -31,7 +42,42 @@ std::string place(const Where& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
+Index index_of(uint64_t number, Index size) {
+  return {static_cast<unsigned>(number % size.x), static_cast<unsigned>(number / size.x % size.y),
+          static_cast<unsigned>(number / size.x / size.y)};
+}
+
 std::string text(Index i) { return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")"; }
+
+// Which blocks of the launch that runs accessed two bytes of global memory: number + 1, or one of the values below.
+struct Touch {
+  uint32_t writer = 0, reader = 0;
+};
+constexpr uint32_t kSeveralBlocks = 0xffffffff, kAdders = 0xfffffffe;
+
+struct Range {
+  std::string name;
+  uint64_t begin, end;
+  bool writable;
+  std::vector<bool> read, written;  // sectors of the launch that runs
+  std::vector<Touch> touches;       // of two bytes each
+  uint64_t asked = 0;
+};
+std::vector<Range> ranges;
+std::map<std::string, Traffic> traffic;
+std::map<std::string, Blocks> block_counts;
+
+void count_sectors() {
+  for (Range& range : ranges) {
+    Traffic& total = traffic[range.name];
+    total.asked += std::exchange(range.asked, 0);
+    total.read += kSectorBytes * std::count(range.read.begin(), range.read.end(), true);
+    total.written += kSectorBytes * std::count(range.written.begin(), range.written.end(), true);
+    range.read.assign(range.read.size(), false);
+    range.written.assign(range.written.size(), false);
+    range.touches.assign(range.touches.size(), {});
+  }
+}
 
 }  // namespace
 
@@ -43,13 +89,15 @@ Block* active_block_or_null() { return active; }
 Counts& counts() { return current_counts; }
 void set_seed(uint64_t seed) { current_seed = seed; }
 
-Block::Block(const Launch& launch, Index block_index, uint64_t seed)
-    : launch_(launch), index_(block_index), random_(seed * 0x9e3779b97f4a7c15ULL + 0x632be59bd9b4e019ULL), policy_(seed % 3) {
+Block::Block(const Launch& launch, uint64_t number, uint64_t seed, unsigned slot)
+    : launch_(launch), number_(number), slot_(slot), index_(index_of(number, launch.grid)),
+      random_(seed * 0x9e3779b97f4a7c15ULL + 0x632be59bd9b4e019ULL), policy_(seed % 3) {
   const unsigned count = launch.block.x * launch.block.y * launch.block.z;
   threads_.resize(count);
   rendezvous_.resize((count + 31) / 32);
   warp_epochs_.assign((count + 31) / 32, 1);
   barriers_.resize(16);
+  reductions_.resize((count + 31) / 32);
   shared_.assign(launch.shared_bytes, 0xff);  // NaN in every floating-point type
   words_.resize((launch.shared_bytes + 3) / 4);
   alive_ = count;
@@ -58,8 +106,8 @@ Block::Block(const Launch& launch, Index block_index, uint64_t seed)
     t.number = n;
     t.lane = n % 32;
     t.warp = n / 32;
-    t.index = {n % launch.block.x, n / launch.block.x % launch.block.y, n / launch.block.x / launch.block.y};
-    make_fiber(t.fiber, stack_of(n), &Block::enter, &t);
+    t.index = index_of(n, launch.block);
+    make_fiber(t.fiber, stack_of(slot * 1024 + n), &Block::enter, &t);
     runnable_.push_back(n);
   }
 }
@@ -100,13 +148,11 @@ unsigned Block::pick() {
   return number;
 }
 
-void Block::run() {
+void Block::step() {
   active = this;
-  while (alive_ > 0 && error_.empty()) {
-    if (runnable_.empty()) {
-      report_stuck();
-      break;
-    }
+  if (runnable_.empty()) {
+    report_stuck();
+  } else {
     current_ = &threads_[pick()];
     switch_fiber(scheduler_, current_->fiber);
   }
@@ -179,7 +225,7 @@ void Block::barrier(unsigned id, unsigned count, Where where) {
   }
   ++current_counts.barriers;
   if (count == threads_.size()) {
-    ++epoch_;
+    votes_[++epoch_ % 2] = false;  // those of the epoch before were read ahead of this barrier
   } else {
     partial_barriers_used_ = true;
   }
@@ -191,6 +237,13 @@ void Block::barrier(unsigned id, unsigned count, Where where) {
   // The last to arrive has no right to go on first.
   runnable_.push_back(current_->number);
   switch_fiber(current_->fiber, scheduler_);
+}
+
+bool Block::barrier_or(unsigned count, bool predicate, Where where) {
+  bool& vote = votes_[epoch_ % 2];
+  vote = vote || predicate;
+  barrier(0, count, where);
+  return vote;
 }
 
 void Block::collective(const char* instruction, uint32_t mask, void* arguments, void (*execute)(void**), Where where) {
@@ -306,7 +359,8 @@ void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, W
 
 void Block::issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where) {
   shared(target, bytes, "cp.async", where);
-  if (source != nullptr) check_global(source, bytes, false, where);
+  copied_ = true;
+  if (source != nullptr) check_global(source, bytes, Access::kRead, where);
   // It may land at any time from now on: whoever still reads there races with it.
   note_write(target, bytes, where);
   for (uint32_t a = target; a < target + bytes; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
@@ -337,6 +391,13 @@ void Block::wait_copies(unsigned left) {
   groups.erase(groups.begin(), groups.begin() + land);
 }
 
+// The lanes of a warp run by themselves, but their n-th additions are one instruction.
+void Block::note_reduction(const void* address) {
+  ++current_counts.reductions;
+  auto& sectors = reductions_[current_->warp][current_->reductions++];
+  if (sectors.insert(reinterpret_cast<uint64_t>(address) / kSectorBytes).second) ++current_counts.reduction_sectors;
+}
+
 void run(const Launch& launch) {
   if (active != nullptr) throw std::runtime_error("emulator: a launch from device code");
   const uint64_t threads = static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
@@ -353,38 +414,98 @@ void run(const Launch& launch) {
     random = random * 6364136223846793005ULL + 1442695040888963407ULL;
     std::swap(order[i - 1], order[(random >> 33) % i]);
   }
-  for (uint64_t flat : order) {
-    const Index index{static_cast<unsigned>(flat % launch.grid.x), static_cast<unsigned>(flat / launch.grid.x % launch.grid.y),
-                      static_cast<unsigned>(flat / launch.grid.x / launch.grid.y)};
-    Block(launch, index, current_seed + 3 * flat).run();
+  std::vector<std::unique_ptr<Block>> flight;
+  size_t begun = 0, chosen = 0;
+  const auto next = [&] {
+    random ^= random << 13;
+    random ^= random >> 7;
+    random ^= random << 17;
+    return random;
+  };
+  while (begun < count || !flight.empty()) {
+    while (begun < count && flight.size() < kBlocksInFlight) {
+      unsigned slot = 0;
+      const auto taken = [&](const auto& block) { return block->slot() == slot; };
+      while (std::any_of(flight.begin(), flight.end(), taken)) ++slot;
+      flight.push_back(std::make_unique<Block>(launch, order[begun], current_seed + 3 * order[begun], slot));
+      ++begun;
+    }
+    if (chosen >= flight.size() || next() % 64 == 0) chosen = next() % flight.size();
+    Block& block = *flight[chosen];
+    block.step();
+    if (!block.finished()) continue;
+    Blocks& blocks = block_counts[short_name(launch.kernel)];
+    ++blocks.launched;
+    blocks.idle += block.idle();
+    flight.erase(flight.begin() + chosen);
   }
+  count_sectors();
 }
 
 // ---- global memory ----
-namespace {
-struct Range {
-  std::string name;
-  uint64_t begin, end;
-  bool writable;
-};
-std::vector<Range> ranges;
-}  // namespace
-
 void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable) {
   const auto begin = reinterpret_cast<uint64_t>(data);
-  if (bytes > 0) ranges.push_back({name, begin, begin + bytes, writable});
+  if (bytes == 0) return;
+  // All of memory in one range (a test of the ops, which allocate for themselves) is not counted.
+  const size_t sectors = bytes > kMostCounted ? 0 : (begin + bytes - 1) / kSectorBytes - begin / kSectorBytes + 1;
+  ranges.push_back({name, begin, begin + bytes, writable, std::vector<bool>(sectors), std::vector<bool>(sectors),
+                    std::vector<Touch>(sectors == 0 ? 0 : (bytes + 1) / 2)});
 }
 
 void forget_memory() { ranges.clear(); }
 
-void check_global(const void* address, uint64_t bytes, bool write, Where where) {
+std::map<std::string, Traffic> take_traffic() { return std::exchange(traffic, {}); }
+std::map<std::string, Blocks> take_blocks() { return std::exchange(block_counts, {}); }
+
+// Blocks of one launch have no order: what one of them writes the others may neither write nor read, unless all of them add.
+void check_blocks(Range& range, uint64_t address, uint64_t bytes, Access access, Where where) {
+  Block& block = active_block();
+  const auto me = static_cast<uint32_t>(block.number() + 1);
+  const auto fail = [&](const char* what, uint32_t other) {
+    const std::string who = other == kAdders          ? "blocks that add"
+                            : other == kSeveralBlocks ? "several blocks"
+                                                      : "block " + std::to_string(other - 1);
+    block.fail("race in global memory: " + std::string(what) + " of " + range.name + ", " +
+                   std::to_string(address - range.begin) + " bytes from its beginning, which " + who +
+                   " of this launch accessed",
+               where);
+  };
+  if (range.touches.empty()) return;
+  for (uint64_t at = (address - range.begin) / 2; at < (address - range.begin + bytes + 1) / 2; ++at) {
+    auto& [writer, reader] = range.touches[at];
+    if (access == Access::kAdd) {
+      if (writer != 0 && writer != me && writer != kAdders) fail("addition to a word", writer);
+      if (reader != 0 && reader != me) fail("addition to a word", reader);
+      writer = kAdders;
+      continue;
+    }
+    if (writer != 0 && writer != me) fail(access == Access::kRead ? "read" : "write", writer);
+    if (access == Access::kRead) {
+      reader = reader == 0 || reader == me ? me : kSeveralBlocks;
+    } else {
+      if (reader != 0 && reader != me) fail("write", reader);
+      writer = me;
+    }
+  }
+}
+
+void check_global(const void* address, uint64_t bytes, Access access, Where where) {
   const auto begin = reinterpret_cast<uint64_t>(address);
+  const bool write = access != Access::kRead;
   Block& block = active_block();
   if (begin % bytes != 0) block.fail("misaligned access of " + std::to_string(bytes) + " bytes of global memory", where);
   const Range* nearest = nullptr;
-  for (const Range& range : ranges) {
+  for (Range& range : ranges) {
     if (begin >= range.begin && begin + bytes <= range.end) {
       if (write && !range.writable) block.fail("write to " + range.name + ", which is only to be read", where);
+      const uint64_t sector = begin / kSectorBytes - range.begin / kSectorBytes;  // an aligned access has a single one
+      if (sector < range.read.size()) {
+        if (access != Access::kWrite) range.read[sector] = true;
+        if (write) range.written[sector] = true;
+      }
+      if (write) block.note_written();
+      check_blocks(range, begin, bytes, access, where);
+      range.asked += bytes;
       return;
     }
     if (begin + 4096 >= range.begin && begin < range.end + 4096) nearest = &range;

@@ -1,14 +1,17 @@
-// One thread block of a GPU, run by fibers: a fiber per CUDA thread, warps that meet for collective instructions, barriers
-// that check who is missing, shared memory that remembers who touched what.
+// Thread blocks of a GPU, run by fibers: a fiber per CUDA thread, warps that meet for collective instructions, barriers
+// that check who is missing, shared and global memory that remember who touched what.
 //
-// A fiber runs until it waits (barrier, warp collective) or ends; then another runnable one is picked by the seed. So a
-// missing barrier is no matter of luck with timing: the reader finds NaN, and the shadow of shared memory reports the race.
+// A fiber runs until it waits (barrier, warp collective) or ends; then another runnable one is picked by the seed, now and then
+// of another block: a few blocks of a launch are in flight at a time. So a missing barrier is no matter of luck with timing: the
+// reader finds NaN, and the shadow of the memory reports the race.
 // Adding an asynchronous engine (mbarrier, TMA, wgmma) means: a queue of operations beside `Thread::copies`, landed by its
 // own wait, and a predicate for wait_until().
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <set>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -38,8 +41,9 @@ struct Thread {
   bool finished = false;
   const char* waits_for = nullptr;  // nullptr: runnable
   Where where;
-  std::vector<Copy> open_group;               // issued, not committed
-  std::vector<std::vector<Copy>> copies;      // committed groups, oldest first
+  std::vector<Copy> open_group;  // issued, not committed
+  uint32_t reductions = 0;
+  std::vector<std::vector<Copy>> copies;  // committed groups, oldest first
 };
 
 // Lanes meet here for one warp-wide instruction; the last to come executes it for all.
@@ -73,14 +77,21 @@ struct Launch {
 
 class Block {
  public:
-  Block(const Launch& launch, Index block_index, uint64_t seed);
-  void run();  // throws std::runtime_error with the report of what went wrong
+  // `slot`: which of kBlocksInFlight, for the stacks of its threads; `number`: within the grid.
+  Block(const Launch& launch, uint64_t number, uint64_t seed, unsigned slot);
+  // Lets one thread run until it waits. Throws std::runtime_error with the report of what went wrong.
+  void step();
+  bool finished() const { return alive_ == 0; }
+  unsigned slot() const { return slot_; }
+  uint64_t number() const { return number_; }
 
   Thread& thread() { return *current_; }
   const Launch& launch() const { return launch_; }
+  bool idle() const { return !wrote_ && !copied_; }
   Index index() const { return index_; }
 
   void barrier(unsigned id, unsigned threads, Where where);
+  bool barrier_or(unsigned threads, bool predicate, Where where);  // whether any thread's predicate holds
   void warp_sync(uint32_t mask, Where where);
   // Every lane of `mask` brings its arguments; `execute` sees those of all lanes (nullptr outside of the mask).
   void collective(const char* instruction, uint32_t mask, void* arguments, void (*execute)(void**), Where where);
@@ -90,6 +101,8 @@ class Block {
   void issue_copy(uint32_t target, const void* source, uint32_t bytes, Where where);
   void commit_copies();
   void wait_copies(unsigned groups_left_in_flight);
+  void note_reduction(const void* address);
+  void note_written() { wrote_ = true; }
 
   // Stops the block: the report names kernel, block, thread and source line.
   [[noreturn]] void fail(const std::string& what, Where where);
@@ -110,6 +123,8 @@ class Block {
   [[noreturn]] void report_race(const char* kind, uint16_t other, uint32_t address, Where where);
 
   const Launch& launch_;
+  uint64_t number_;
+  unsigned slot_;
   Index index_;
   std::vector<Thread> threads_;
   std::vector<unsigned> runnable_;
@@ -119,31 +134,51 @@ class Block {
   std::vector<Word> words_;
   std::vector<uint32_t> warp_epochs_;
   uint32_t epoch_ = 1;
+  bool votes_[2] = {};  // of the barriers of the whole block with odd and even epochs
   bool partial_barriers_used_ = false;  // then epochs do not order all accesses, and races are not searched
   Thread* current_ = nullptr;
   Fiber scheduler_;
   uint64_t random_;
   int policy_;
   unsigned alive_ = 0;
+  bool wrote_ = false, copied_ = false;
+  std::vector<std::map<uint32_t, std::set<uint64_t>>> reductions_;  // of a warp: sectors of its n-th instruction
   std::string error_;
 };
+
+constexpr unsigned kBlocksInFlight = 3;
 
 // The block that runs on this thread of the host.
 Block& active_block();
 Block* active_block_or_null();
 
-// Runs all blocks of a launch, in an order that depends on the seed.
+// Runs all blocks of a launch, begun and interleaved in an order that depends on the seed.
 void run(const Launch& launch);
 void set_seed(uint64_t seed);
 
 // ---- global memory: nothing but what was registered may be touched through the access wrappers ----
 void register_memory(const std::string& name, const void* data, uint64_t bytes, bool writable);
 void forget_memory();
-void check_global(const void* address, uint64_t bytes, bool write, Where where);
+enum class Access { kRead, kWrite, kAdd };
+void check_global(const void* address, uint64_t bytes, Access access, Where where);
+
+// Bytes of one registered memory. `asked`: what threads asked for. The others count 32-byte sectors once for each launch: what
+// comes from memory and goes there when a launch finds nothing in the caches and loses nothing of what it has read.
+struct Traffic {
+  uint64_t asked = 0, read = 0, written = 0;
+};
+std::map<std::string, Traffic> take_traffic();
+
+// Blocks of a kernel, and how many of them neither started a copy nor wrote anything.
+struct Blocks {
+  uint64_t launched = 0, idle = 0;
+};
+std::map<std::string, Blocks> take_blocks();
 
 // ---- statistics of the launches since the last call, for the predicted costs of a kernel ----
 struct Counts {
-  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0, reductions = 0;
+  uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
+  uint64_t reductions = 0, reduction_sectors = 0;  // of threads; 32-byte sectors that the instructions of warps touch
 };
 Counts& counts();
 

@@ -95,11 +95,9 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("set_seed", &emulator::set_seed);
   m.def("counts", [] {
     auto& c = emulator::counts();
-    const std::map<std::string, uint64_t> result{{"mma", c.mma},
-                                                 {"ldmatrix", c.ldmatrix},
-                                                 {"cp_async", c.cp_async},
-                                                 {"barriers", c.barriers},
-                                                 {"reductions", c.reductions}};
+    const std::map<std::string, uint64_t> result{
+        {"mma", c.mma},           {"ldmatrix", c.ldmatrix},     {"cp_async", c.cp_async},
+        {"barriers", c.barriers}, {"reductions", c.reductions}, {"reduction_sectors", c.reduction_sectors}};
     c = {};
     return result;
   });
@@ -119,6 +117,16 @@ PYBIND11_MODULE(cuda_emulator, m) {
     return std::pair(code, can_change != 0);
   });
   m.def("kernels", &lak_cuda_kernels);
+  m.def("traffic", [] {  // of each registered memory since the last call: asked, read, written
+    std::map<std::string, std::vector<uint64_t>> result;
+    for (const auto& [name, t] : emulator::take_traffic()) result[name] = {t.asked, t.read, t.written};
+    return result;
+  });
+  m.def("blocks", [] {  // of each kernel since the last call: launched, idle
+    std::map<std::string, std::pair<uint64_t, uint64_t>> result;
+    for (const auto& [name, b] : emulator::take_blocks()) result[name] = {b.launched, b.idle};
+    return result;
+  });
   m.def("error", &lak_cuda_error);
   m.def("forward", [](const py::dict& d) {
     const auto p = params_from(d);

@@ -34,6 +34,9 @@ def run(emulator: ModuleType, name: str, seed: int) -> torch.Tensor:
         ("two_barriers", "divergent barrier: some threads wait at"),
         ("named_barrier_too_small", "threads disagree about how many take part"),
         ("divergent_shuffle", "deadlock: every thread waits"),
+        ("blocks_write_the_same", "race in global memory: write of out"),
+        ("blocks_read_what_others_write", "race in global memory: "),
+        ("blocks_add_to_what_others_read", "race in global memory: "),
     ],
 )
 def test_planted_fault_is_reported(emulator: ModuleType, name: str, reports: str, seed: int) -> None:
@@ -52,8 +55,20 @@ def test_correct_twins_are_not(emulator: ModuleType, seed: int) -> None:
     expected = (torch.arange(64) + 1.0) % 64
     assert torch.equal(run(emulator, "barrier", seed), expected)
     assert torch.equal(run(emulator, "named_barriers", seed), expected)
-    # Two blocks add 1 to the same buffer: whatever their order, the copy of each is complete.
-    assert torch.equal(run(emulator, "waited_copy", seed), torch.full((64,), 2.0))
+    assert torch.equal(run(emulator, "waited_copy", seed), torch.ones(64))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_are_in_flight_together(emulator: ModuleType, seed: int) -> None:
+    """Two of them pass their barriers in turns, and may write side by side."""
+    assert run(emulator, "blocks_take_turns", seed)[1] > 2
+    assert torch.equal(run(emulator, "blocks_write_their_own", seed), torch.arange(64) % 2.0)
+
+
+@pytest.mark.parametrize(("name", "error"), [("shared_memory_not_asked_for", 1), ("too_many_threads", 9)])
+def test_launches_beyond_the_limits_fail(emulator: ModuleType, name: str, error: int) -> None:
+    with pytest.raises(RuntimeError, match=f"launch: error {error}$"):
+        run(emulator, name, 0)
 
 
 def test_shared_memory_begins_as_nan(emulator: ModuleType) -> None:

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 
 #include "machine.h"
 
@@ -41,10 +42,22 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
   auto& block = emulator::active_block();
   const auto& size = block.launch().block;
   block.barrier(0, size.x * size.y * size.z, where);
+}
+
+inline int __syncthreads_or(int predicate, emulator::Where where = emulator::Where::current()) {
+  auto& block = emulator::active_block();
+  const auto& size = block.launch().block;
+  return block.barrier_or(size.x * size.y * size.z, predicate != 0, where);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
@@ -126,6 +139,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
@@ -137,6 +151,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 namespace emulator {
@@ -149,8 +164,13 @@ struct Device {
   int current = 0;
   int launched_on = -1;  // the current device and the stream of the last launch
   cudaStream_t launched_with = nullptr;
+  std::map<const void*, int> shared_allowed;  // of kernels: the dynamic shared memory that was asked for
 };
 Device& device();
+inline int shared_memory_of_multiprocessor() {
+  const int capability = device().capability;
+  return (capability == 86 || capability == 89 ? 100 : capability < 90 ? 164 : 228) * 1024;
+}
 }  // namespace emulator
 struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
@@ -160,7 +180,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::devic
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulator::shared_memory_of_multiprocessor() - 1024) return cudaErrorInvalidValue;
+  emulator::device().shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return emulator::device().code_error;
 }
 template <class Kernel>
@@ -173,7 +195,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = emulator::device().capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = emulator::device().capability % 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = emulator::shared_memory_of_multiprocessor(); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_memory_of_multiprocessor() - 1024; break;
   }
   return emulator::device().driver_error;
 }

@@ -26,19 +26,19 @@ void store_shared(uint32_t address, T value, Where where = Where::current()) {
 }
 template <class T>
 T load_global(const T* address, Where where = Where::current()) {
-  emulator::check_global(address, sizeof(T), false, where);
+  emulator::check_global(address, sizeof(T), emulator::Access::kRead, where);
   T value;
   std::memcpy(&value, address, sizeof(T));
   return value;
 }
 template <class T>
 void store_global(T* address, T value, Where where = Where::current()) {
-  emulator::check_global(address, sizeof(T), true, where);
+  emulator::check_global(address, sizeof(T), emulator::Access::kWrite, where);
   std::memcpy(address, &value, sizeof(T));
 }
 inline void add_global(float* address, float value, Where where = Where::current()) {
-  emulator::check_global(address, sizeof(float), true, where);
-  ++emulator::counts().reductions;
+  emulator::check_global(address, sizeof(float), emulator::Access::kAdd, where);
+  emulator::active_block().note_reduction(address);
   std::atomic_ref<float>(*address).fetch_add(value, std::memory_order_relaxed);
 }
 
