@@ -1,5 +1,5 @@
-// One sequence of the problem as a block sees it. Lengths and indices come from device memory that nobody has checked:
-// they are clamped here, so that no value of theirs leads out of bounds.
+// One sequence of the problem as a block sees it, and which keys its rows see. Lengths and indices come from device memory that
+// nobody has checked: they are clamped here, so that no value of theirs leads out of bounds.
 #pragma once
 
 #include <cstdint>
@@ -14,31 +14,68 @@ namespace lak {
 
 constexpr double kLog2E = 1.4426950408889634;
 
+// From here on backward's blocks share the keys of a query where they may (see adds_dquery()).
+constexpr int64_t kLongSequence = 768;
+
+// A packed batch with one prefix for everybody has no boundaries but the windows of its rows. Its tokens are handled as one long
+// sequence (token tiles): every tile is full, whatever the lengths are, and nothing depends on the longest of them. Sequences
+// that are long on average have few tiles that are not full, and other ways to be fast.
+__host__ __device__ inline bool is_token_tiled(const ZeroGateParams& p) {
+  return p.cu_seqlens_q != nullptr && p.prefix_index == nullptr && p.prefix_count <= 1 && p.total_k <= kLongSequence * p.batch;
+}
+
+// What grids are laid out over: `sequences` of at most `rows` queries and `keys` keys.
+struct Extent {
+  int64_t sequences, rows, keys;
+};
+__host__ __device__ inline Extent extent_of(const ZeroGateParams& p) {
+  if (is_token_tiled(p)) return {1, p.total_q, p.total_k};
+  return {p.batch, p.seq_q, p.seq_k};
+}
+
 struct Sequence {
   int first_query, first_key;  // rows in memory
   int queries, keys;
+  int rows, key_rows;  // what is written: more than the above where the tokens after the last sequence become zero
   int key_begin, key_end;  // the window of valid keys, within [0, keys]
-  int diagonal;            // query i sees keys j <= i + diagonal
-  int prefix;              // entry of the table
-  int slots;               // prefix slots, 0 where there is no prefix
-  bool bad_prefix;         // the index is outside of the table: the rows become NaN
+  int diagonal;  // query i sees keys j <= i + diagonal
+  int prefix;  // entry of the table
+  int slots;  // prefix slots, 0 where there is no prefix
+  bool bad_prefix;  // the index is outside of the table: the rows become NaN
+};
+
+// The keys [begin, end) that a query sees.
+struct Window {
+  int begin, end;
 };
 
 __device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+__device__ __forceinline__ int lower(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int higher(int a, int b) { return a > b ? a : b; }
 
+// An offset into `total` packed tokens.
+__device__ __forceinline__ int offset_at(const int32_t* cu_seqlens, int64_t at, int64_t total) {
+  return static_cast<int>(clamp(ptx::load_global(cu_seqlens + at), 0, total));
+}
+
+// With token tiles b is 0 and means the whole batch.
 __device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) {
   Sequence s;
   s.first_query = 0;
   s.first_key = 0;
   s.queries = static_cast<int>(p.seq_q);
   s.keys = static_cast<int>(p.seq_k);
-  if (p.cu_seqlens_q != nullptr) {
-    s.first_query = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_q + b), 0, p.total_q));
-    s.queries =
-        static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_q + b + 1), 0, p.total_q) - s.first_query, 0, p.seq_q));
-    s.first_key = static_cast<int>(clamp(ptx::load_global(p.cu_seqlens_k + b), 0, p.total_k));
-    s.keys = static_cast<int>(clamp(clamp(ptx::load_global(p.cu_seqlens_k + b + 1), 0, p.total_k) - s.first_key, 0, p.seq_k));
+  if (is_token_tiled(p)) {
+    s.queries = offset_at(p.cu_seqlens_q, p.batch, p.total_q);
+    s.keys = offset_at(p.cu_seqlens_k, p.batch, p.total_k);
+  } else if (p.cu_seqlens_q != nullptr) {
+    s.first_query = offset_at(p.cu_seqlens_q, b, p.total_q);
+    s.queries = static_cast<int>(clamp(offset_at(p.cu_seqlens_q, b + 1, p.total_q) - s.first_query, 0, p.seq_q));
+    s.first_key = offset_at(p.cu_seqlens_k, b, p.total_k);
+    s.keys = static_cast<int>(clamp(offset_at(p.cu_seqlens_k, b + 1, p.total_k) - s.first_key, 0, p.seq_k));
   }
+  s.rows = is_token_tiled(p) ? static_cast<int>(p.total_q) : s.queries;
+  s.key_rows = is_token_tiled(p) ? static_cast<int>(p.total_k) : s.keys;
   s.key_begin = p.key_start == nullptr ? 0 : static_cast<int>(clamp(ptx::load_global(p.key_start + b), 0, s.keys));
   s.key_end = p.key_end == nullptr ? s.keys : static_cast<int>(clamp(ptx::load_global(p.key_end + b), 0, s.keys));
   s.diagonal = p.is_causal != 0 ? s.key_end - s.queries : s.keys;
@@ -56,8 +93,69 @@ __device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) 
   return s;
 }
 
-__device__ __forceinline__ int lower(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int higher(int a, int b) { return a > b ? a : b; }
+// The number of the packed sequence that holds a token: the last of those that begin at or before it.
+__device__ __forceinline__ int sequence_holding(const int32_t* cu_seqlens, int64_t batch, int token) {
+  int low = 0, high = static_cast<int>(batch);
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (ptx::load_global(cu_seqlens + middle) <= token ? low : high) = middle;
+  }
+  return low;
+}
+
+// Neither end ever decreases from one row to the next (where cu_seqlens does as it should).
+__device__ __forceinline__ Window window_of(const ZeroGateParams& p, const Sequence& s, int row) {
+  if (!is_token_tiled(p)) return {s.key_begin, higher(s.key_begin, lower(s.key_end, row + s.diagonal + 1))};
+  if (p.batch == 0) return {0, 0};
+  const int b = sequence_holding(p.cu_seqlens_q, p.batch, row);
+  const int begin = offset_at(p.cu_seqlens_k, b, p.total_k), last = offset_at(p.cu_seqlens_k, b + 1, p.total_k);
+  const int rows_after = p.is_causal != 0 ? offset_at(p.cu_seqlens_q, b + 1, p.total_q) - 1 - row : 0;
+  return {begin, higher(begin, rows_after < 0 ? begin : last - rows_after)};
+}
+
+// The queries [begin, end) among which are all that see one of the keys [first, first + count).
+__device__ __forceinline__ Window rows_seeing(const ZeroGateParams& p, const Sequence& s, int first, int count) {
+  const int last = lower(first + count, s.key_end) - 1;
+  if (last < higher(first, s.key_begin)) return {0, 0};
+  if (!is_token_tiled(p)) return {lower(higher(first - s.diagonal, 0), s.queries), s.queries};
+  if (p.batch == 0) return {0, 0};
+  const int b = sequence_holding(p.cu_seqlens_k, p.batch, first);
+  int begin = offset_at(p.cu_seqlens_q, b, p.total_q);
+  if (p.is_causal != 0) {
+    const int keys_after = offset_at(p.cu_seqlens_k, b + 1, p.total_k) - first;
+    begin = higher(begin, offset_at(p.cu_seqlens_q, b + 1, p.total_q) - keys_after);
+  }
+  return {begin, offset_at(p.cu_seqlens_q, sequence_holding(p.cu_seqlens_k, p.batch, last) + 1, p.total_q)};
+}
+
+// What one pass over a tile may read of the tensors that are summed over, and which of its results it stores.
+//
+// A packed sequence has to keep to itself what is not finite in it, but the zero probability of a key that a row does not see
+// keeps nothing out of a product over a tile of several sequences: 0 x NaN is NaN. So whoever finds that a tile with several
+// sequences has results that are not finite computes it again, for one of its sequences after the other, from the last to the
+// first, with the rows of all others copied as zeros.
+struct Part {
+  static constexpr int kNone = std::numeric_limits<int>::min(), kAll = std::numeric_limits<int>::max();
+  Window rows, keys;  // what is copied; zeros beside it
+  int end = kAll;  // results from here on were stored by an earlier part
+  int begin = kNone;  // results before are for a later part to store
+
+  __device__ __forceinline__ bool is_whole() const { return end == kAll; }
+};
+
+__device__ __forceinline__ Part whole_part(const Sequence& s) { return {{0, s.queries}, {s.key_begin, s.key_end}}; }
+
+// The part of the sequence that holds the last query, or the last key, before `end`.
+__device__ __forceinline__ Part part_of_queries(const ZeroGateParams& p, const Sequence& s, int end) {
+  const int last = higher(lower(end, s.queries) - 1, 0), b = sequence_holding(p.cu_seqlens_q, p.batch, last);
+  const Window keys{offset_at(p.cu_seqlens_k, b, p.total_k), offset_at(p.cu_seqlens_k, b + 1, p.total_k)};
+  return {{0, s.queries}, keys, end, lower(offset_at(p.cu_seqlens_q, b, p.total_q), last)};
+}
+__device__ __forceinline__ Part part_of_keys(const ZeroGateParams& p, const Sequence& s, int end) {
+  const int last = higher(lower(end, s.keys) - 1, 0), b = sequence_holding(p.cu_seqlens_k, p.batch, last);
+  const Window rows{offset_at(p.cu_seqlens_q, b, p.total_q), offset_at(p.cu_seqlens_q, b + 1, p.total_q)};
+  return {rows, {s.key_begin, s.key_end}, end, lower(offset_at(p.cu_seqlens_k, b, p.total_k), last)};
+}
 
 // One past the last key that some query up to `last_query` sees.
 __device__ __forceinline__ int visible_end(const Sequence& s, int last_query) {
@@ -75,7 +173,7 @@ __device__ __forceinline__ float gate_of(const ZeroGateParams& p, const Sequence
   return ptx::load_global(static_cast<const float*>(p.gate) + s.prefix * p.gate_stride_prefix + h * p.gate_stride_head);
 }
 
-// Position of row 0 of a sequence in a [B, Hq, total_q] statistic of the workspace (packed: [Hq, total_q]).
+// Position of row 0 of a sequence in the log-sum-exps [B, Hq, total_q] (packed: [Hq, total_q]).
 __device__ __forceinline__ int64_t statistic_row(const ZeroGateParams& p, const Sequence& s, int64_t b, int64_t h) {
   return ((p.cu_seqlens_q != nullptr ? 0 : b * p.heads_q) + h) * p.total_q + s.first_query;
 }

@@ -14,17 +14,16 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).parent.parent / "libllama_adapter_kernels_cuda.so"
 
-# Kernel names of the sources by the names of `lak_cuda_kernels`, with the flags among their template arguments.
+# Kernel names of the sources by the names of `lak_cuda_kernels`, with what follows head_dim among their template arguments,
+# as it is mangled.
 _FUNCTIONS = {
-    "forward": ("forward_kernel", "0"),
-    "forward_masked": ("forward_kernel", "1"),
-    "backward_keys_dquery": ("backward_keys_kernel", "01"),
-    "backward_keys": ("backward_keys_kernel", "00"),
-    "backward_keys_masked": ("backward_keys_kernel", "10"),
-    "backward_queries": ("backward_queries_kernel", "0"),
-    "backward_queries_masked": ("backward_queries_kernel", "1"),
+    "forward": ("forward_kernel", "LNS0_11ForwardKindE0E"),
+    "forward_small": ("forward_kernel", "LNS0_11ForwardKindE1E"),
+    "forward_masked": ("forward_kernel", "LNS0_11ForwardKindE2E"),
     "backward_rows": ("backward_rows_kernel", ""),
-    "backward_prefix": ("backward_prefix_kernel", ""),
+    "backward_words": ("backward_words_kernel", ""),
+    "backward_keys": ("backward_keys_kernel", "Li8E"),
+    "backward_keys_small": ("backward_keys_kernel", "Li4E"),
     "decode": ("decode_kernel", ""),
 }
 _TYPES = {"bfloat16": "NS_8BFloat16E", "float16": "NS_7Float16E", "float32": "f"}
@@ -47,10 +46,9 @@ class Kernel:
     @property
     def symbol(self) -> str:
         """The mangled name up to the parameters."""
-        function, flags = _FUNCTIONS[self.name]
-        arguments = "".join(f"ELb{flag}" for flag in flags)
+        function, arguments = _FUNCTIONS[self.name]
         scope = f"_ZN3lak{len(self.family)}{self.family}{len(function)}{function}"
-        return f"{scope}I{_TYPES[self.dtype]}Li{self.head_dim}{arguments}EEEv"
+        return f"{scope}I{_TYPES[self.dtype]}Li{self.head_dim}E{arguments}EEv"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,12 @@ pytestmark = pytest.mark.skipif(
 # Shared memory of a multiprocessor in KiB; 1 KiB of it goes to the system for every block.
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228}
 REGISTERS = 65536
-TUNED = ("forward", "forward_masked", "backward_keys_dquery", "backward_keys", "backward_keys_masked",
-         "backward_queries", "backward_queries_masked", "backward_rows", "backward_prefix", "decode")  # fmt: skip
+TUNED = ("forward", "forward_small", "forward_masked", "backward_rows", "backward_words", "backward_keys",
+         "backward_keys_small", "decode")  # fmt: skip
+# Bytes a thread of what does not change in the loop, read again from local memory a few times a tile: the alternative is one
+# block a multiprocessor instead of two.
+SPILLED = {("backward_words", 128): 16}
+WIDE = "backward_keys"  # needs more shared memory than 8.6 and 8.9 have: there backward_keys_small runs
 
 
 def is_tuned(kernel: Kernel) -> bool:
@@ -43,6 +47,8 @@ def test_registers_and_shared_memory(kernels: list[Kernel], architecture: str) -
     functions = cuda_library.usage()[architecture]
     assert {kernel.name for kernel in kernels if is_tuned(kernel)} == set(TUNED)
     for kernel in kernels:
+        if kernel.name == WIDE and SHARED_KIB[architecture] == 100:
+            continue
         usage = cuda_library.usage_of(kernel, functions)
         blocks = kernel.blocks
         if architecture in ("sm_86", "sm_89") and (kernel.shared / 1024 + 1) * blocks > SHARED_KIB[architecture]:
@@ -51,9 +57,9 @@ def test_registers_and_shared_memory(kernels: list[Kernel], architecture: str) -
         warp_registers = (usage.registers * 32 + 255) // 256 * 256
         assert warp_registers * (kernel.threads // 32) * blocks <= REGISTERS, (kernel, usage)
         assert (kernel.shared / 1024 + 1) * blocks <= SHARED_KIB[architecture], kernel
-        assert kernel.shared <= 99 * 1024, kernel
+        assert kernel.shared <= (163 if kernel.name == WIDE else 99) * 1024, kernel
         if is_tuned(kernel):
-            assert usage.stack == 0, (kernel, usage)
+            assert usage.stack <= SPILLED.get((kernel.name, kernel.head_dim), 0), (kernel, usage)
 
 
 def disassembly(kernel: Kernel, architecture: str) -> str:
@@ -68,7 +74,7 @@ def count(code: str, instruction: str) -> int:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ["forward", "backward_keys_dquery", "backward_queries", "decode"])
+@pytest.mark.parametrize("name", ["forward", "backward_rows", "backward_words", "backward_keys", "decode"])
 def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, architecture: str) -> None:
     """Products on tensor cores, operands by ldmatrix, tiles by 16-byte asynchronous copies, nothing in local memory."""
     (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == (name, "bfloat16", 128))
@@ -78,8 +84,8 @@ def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, archite
     assert count(code, r"LDSM\.16(?:\.M|\.MT)88\.4") >= (8 if name == "decode" else 16)
     assert count(code, r"LDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128") >= 8
     assert count(code, r"MUFU\.EX2") >= 8
-    assert count(code, r"(?:LDL|STL)(?:\.\w+)*") == 0
-    assert count(code, r"REDG?\.E\.ADD\.F32\S*") >= (32 if name == "backward_keys_dquery" else 0)
+    assert count(code, r"(?:LDL|STL)(?:\.\w+)*") <= (12 if (name, 128) in SPILLED else 0)
+    assert count(code, r"REDG?\.E\.ADD\.F32\S*") >= (32 if name == "backward_keys" else 0)
 
 
 def test_float32_is_not_rounded(kernels: list[Kernel]) -> None:

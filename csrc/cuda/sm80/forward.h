@@ -5,7 +5,13 @@
 // Q K^T, that of the next K under softmax and P V. After the last tile the output is normalised, and the prefix is added to
 // it as one more tile whose probabilities are complete (they sum to the gate): no second accumulator, no rescaling.
 //
-// Shared memory: Q [kRows, D], K [kKeys, D], V [kKeys, D], prefix K [16, D], prefix V [16, D] (see ForwardMemory).
+// Every row has a window of keys that it sees. A warp skips the tiles that none of its rows see, and looks score by score only
+// at those that some row does not see whole.
+//
+// Where the tokens of several sequences share a tile and a row is not finite, the tile is computed again (Part, in problem.h).
+//
+// Shared memory: Q [kRows, D], K [kKeys, D], V [kKeys, D], prefix K [16, D], prefix V [16, D], windows [kRows], the part of this
+// pass (ForwardMemory).
 #pragma once
 
 #include "sm80/scores.h"
@@ -13,17 +19,19 @@
 
 namespace lak::sm80 {
 
-template <class T, int kHeadDim, bool kElementwise>
+template <class T, int kHeadDim, ForwardKind kKind>
 struct ForwardMemory {
-  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
+  using Tiles = ForwardTiles<T, kHeadDim, kKind>;
   SharedTile<T, Tiles::kRows, kHeadDim> query;
   SharedTile<T, Tiles::kKeys, kHeadDim> key, value;
   SharedTile<T, kPrefixTile, kHeadDim> prefix_key, prefix_value;
-  // Untuned: the prefix takes the place of the last keys instead, which saves memory and costs a wait.
-  static constexpr bool kPrefixApart = kIsTuned<T, kHeadDim>;
-  static_assert(kPrefixApart || Tiles::kKeys == kPrefixTile);
+  uint32_t windows;
+  SharedPart part;
+  static constexpr bool kPrefixApart = Tiles::kPrefixApart;
+  static_assert(kPrefixApart || Tiles::kKeys >= kPrefixTile);
   static constexpr int kBytes =
-      (Tiles::kRows + 2 * Tiles::kKeys + (kPrefixApart ? 2 * kPrefixTile : 0)) * kHeadDim * static_cast<int>(sizeof(T));
+      (Tiles::kRows + 2 * Tiles::kKeys + (kPrefixApart ? 2 * kPrefixTile : 0)) * kHeadDim * static_cast<int>(sizeof(T)) +
+      Tiles::kRows * static_cast<int>(sizeof(Window)) + SharedPart::kBytes;
 
   __device__ __forceinline__ explicit ForwardMemory(uint32_t base) {
     query.base = base;
@@ -31,7 +39,10 @@ struct ForwardMemory {
     value.base = key.base + key.kBytes;
     prefix_key.base = kPrefixApart ? value.base + value.kBytes : key.base;
     prefix_value.base = kPrefixApart ? prefix_key.base + prefix_key.kBytes : value.base;
+    windows = (kPrefixApart ? prefix_value.base + prefix_value.kBytes : value.base + value.kBytes);
+    part.base = windows + Tiles::kRows * static_cast<int>(sizeof(Window));
   }
+  __device__ __forceinline__ uint32_t window_at(int row) const { return windows + row * static_cast<int>(sizeof(Window)); }
 };
 
 // Scores of 16 prefix slots times `factor`; -inf where there is no slot.
@@ -80,18 +91,38 @@ __device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGate
                       p.prefix_value.stride_row, slot, 0, slots, head_dim, thread);
 }
 
-// After the last key: normalises the word branch, leaves its statistics, adds the prefix and stores the rows.
+// Tokens after the last sequence: zeros, and a log-sum-exp of -inf.
+template <class T, int kRows>
+__device__ __forceinline__ void write_empty_rows(const ZeroGateParams& p, const ForwardPlace& place) {
+  const auto& [b, head, head_kv, first_row, s] = place;
+  const int64_t statistics = statistic_row(p, s, b, head);
+  constexpr int kChunk = 16 / sizeof(T);
+  T* output = head_pointer<T>(p.output, b, head, s.first_query);
+  const int chunks = static_cast<int>(p.head_dim) / kChunk;
+  for (int i = threadIdx.x; i < kRows * chunks; i += kThreads) {
+    const int row = first_row + i / chunks;
+    if (row >= s.rows) break;
+    ptx::store_global(reinterpret_cast<uint4*>(output + row * p.output.stride_row + i % chunks * kChunk), uint4{});
+  }
+  if (p.logsumexp.data == nullptr) return;
+  for (int row = first_row + static_cast<int>(threadIdx.x); row < lower(first_row + kRows, s.rows); row += kThreads) {
+    ptx::store_global(static_cast<float*>(p.logsumexp.data) + statistics + row, -kInfinity);
+  }
+}
+
+// After the last key: normalises the word branch, leaves its statistics, adds the prefix and stores the rows of the part.
 // `place` is found anew by the caller, so that nothing of it takes registers in the loop over the keys.
-template <class T, int kHeadDim, bool kElementwise, int kM, int kD>
+template <class T, int kHeadDim, ForwardKind kKind, int kM, int kD>
 __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const ForwardPlace& place,
-                                               const ForwardMemory<T, kHeadDim, kElementwise>& memory,
+                                               const ForwardMemory<T, kHeadDim, kKind>& memory, const Part& part,
                                                float (&output)[kM][kD][4], const float (&largest)[kM][2],
                                                const float (&total)[kM][2]) {
-  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
+  using Memory = ForwardMemory<T, kHeadDim, kKind>;
+  constexpr bool kElementwise = kKind == ForwardKind::kElementwise;
   const auto& [b, head, head_kv, first_row, s] = place;
-  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
+  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM, end = lower(s.rows, part.end);
   const ScoreRule rule = score_rule(p, b, head);
-  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule left
+  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_windows left
   const int64_t statistics = statistic_row(p, s, b, head);
   constexpr float kLn2 = 0.6931471805599453f;
   float* logsumexp = p.logsumexp.data == nullptr ? nullptr : static_cast<float*>(p.logsumexp.data) + statistics;
@@ -101,8 +132,9 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     for (int half = 0; half < 2; ++half) {
       const float sum = row_sum(total[m][half]);
       const int row = first_row + warp_row + 16 * m + 8 * half + lane_id() / 4;
-      if (logsumexp != nullptr && lane_id() % 4 == 0 && row < s.queries) {
-        ptx::store_global(logsumexp + row, sum > 0.0f ? (largest[m][half] * scale + ptx::log2_fast(sum)) * kLn2 : -kInfinity);
+      if (logsumexp != nullptr && lane_id() % 4 == 0 && row < end) {
+        const bool any = sum > 0.0f && row < s.queries;
+        ptx::store_global(logsumexp + row, any ? (largest[m][half] * scale + ptx::log2_fast(sum)) * kLn2 : -kInfinity);
       }
       const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
@@ -120,7 +152,7 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     float c[kM][2][4], weight[kM][2];
     RunningSoftmax softmax[kM];
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
-      if (slot > 0 || !Memory::kPrefixApart) {
+      if (slot > 0 || !Memory::kPrefixApart || !part.is_whole()) {
         __syncthreads();
         copy_prefix<T>(memory, p, place, slot);
         ptx::commit_async_copies();
@@ -164,39 +196,48 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     // A sequence whose prefix index is out of range becomes NaN here.
-    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, s.queries, output[m], s.bad_prefix ? gate : 1.0f,
-                   0, head_dim);
+    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, end, output[m], s.bad_prefix ? gate : 1.0f, 0,
+                   head_dim, s.queries);
   }
 }
 
-template <class T, int kHeadDim, bool kElementwise>
-__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
-    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
-  using Tiles = ForwardTiles<T, kHeadDim, kElementwise>;
-  constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
-  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
-  const Memory memory(ptx::dynamic_shared_memory());
+// The windows of the block's rows within the part that comes, and the part itself. A barrier has to follow.
+template <class Memory>
+__device__ __forceinline__ void begin_pass(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place,
+                                           const Part& part) {
+  constexpr int kRows = Memory::Tiles::kRows;
+  const auto within = [&](int key) { return lower(higher(key, part.keys.begin), part.keys.end); };
+  for (int row = ptx::thread_index(); row < kRows; row += kThreads) {
+    const Window window = window_of(p, place.s, lower(place.first_row + row, place.s.queries - 1));
+    ptx::store_shared(memory.window_at(row), Window{within(window.begin), within(window.end)});
+  }
+  if (ptx::thread_index() == 0) memory.part.store(part);
+}
 
+// Whether another pass has to follow, which has begun.
+template <class T, int kHeadDim, ForwardKind kKind>
+__device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kKind>& memory, const ZeroGateParams& p,
+                                             int row_blocks) {
+  using Tiles = typename ForwardMemory<T, kHeadDim, kKind>::Tiles;
+  constexpr bool kElementwise = kKind == ForwardKind::kElementwise;
+  constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
   const ForwardPlace place = place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks);
   const auto& [b, head, head_kv, first_row, s] = place;
-  if (first_row >= s.queries) return;
   const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
   const ScoreRule rule = score_rule(p, b, head);
-  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_rule leaves
-
-  // A tile is the keys [at, at + kKeys), from the one with the first valid key to the last key of the last row.
-  const int begin = s.key_begin / Tiles::kKeys * Tiles::kKeys;
-  const int end = visible_end(s, lower(first_row + Tiles::kRows, s.queries) - 1);
+  const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_windows leaves
 
   // Pointers found anew for each tile: eight registers that 255 a thread do not have room for.
   const auto copy_tile = [&](const auto& tile, const TensorView& from, int at) {
     const T* rows = head_pointer<const T>(from, ptx::opaque(b), ptx::opaque(head_kv), s.first_key);
-    copy_rows<kThreads>(tile, rows, from.stride_row, at, s.key_begin, s.key_end, head_dim, ptx::thread_index());
+    const Window keys = memory.part.keys();
+    copy_rows<kThreads>(tile, rows, from.stride_row, at, keys.begin, keys.end, head_dim, ptx::thread_index());
     ptx::commit_async_copies();
   };
-  copy_rows<kThreads>(memory.query, head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, first_row, 0,
-                      s.queries, head_dim, ptx::thread_index());
-  if (Memory::kPrefixApart && s.slots > 0) copy_prefix<T>(memory, p, place, 0);
+  __syncthreads();  // the windows and the part are there
+  // A tile is the keys [at, at + kKeys), from the first to the last key that any row sees.
+  const int begin = ptx::load_shared<Window>(memory.window_at(0)).begin;
+  const int end = ptx::load_shared<Window>(memory.window_at(Tiles::kRows - 1)).end;
   if (begin < end) copy_tile(memory.key, p.key, begin);
 
   float output[kM][kD][4], largest[kM][2], total[kM][2];
@@ -209,27 +250,55 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
 
 #pragma unroll 1
   for (int at = begin; at < end; at += Tiles::kKeys) {
+    // Of the first and the last row of the warp: neither end of a window decreases from row to row.
+    const Window first = ptx::load_shared<Window>(memory.window_at(warp_row));
+    const Window last = ptx::load_shared<Window>(memory.window_at(warp_row + 16 * kM - 1));
+    const bool any = at < last.end && at + Tiles::kKeys > first.begin;
+    const bool whole = at >= last.begin && at + Tiles::kKeys <= first.end;
     ptx::wait_async_copies<0>();
     __syncthreads();  // K (and Q) is there; every warp is done with V
     copy_tile(memory.value, p.value, at);
     float c[kM][kN][4];
     set_zero(c);
-    multiply_abt(c, memory.query, warp_row, memory.key, 0);
+    if (any) multiply_abt(c, memory.query, warp_row, memory.key, 0);
     ptx::wait_async_copies<0>();
     __syncthreads();  // V is there; every warp is done with K
     if (at + Tiles::kKeys < end) copy_tile(memory.key, p.key, at + Tiles::kKeys);
-    if (kElementwise || at < s.key_begin || at + Tiles::kKeys > visible_end(s, first_row)) {
-      apply_rule<kElementwise>(c, rule, s, first_row + warp_row, at);
+    if (!any) continue;
+    if (kElementwise || !whole) {
+      apply_windows<kElementwise>(c, rule, s, memory.window_at(warp_row), first_row + warp_row, at);
     }
     softmax_step(c, largest, total, output, scale);
     multiply_pb(output, c, memory.value, 0);
   }
   ptx::commit_async_copies();
   ptx::wait_async_copies<0>();
-  __syncthreads();
+  const ForwardPlace same = place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const Part part = memory.part.load();
+  const bool again = __syncthreads_or(is_token_tiled(p) && part.is_whole() && !all_finite(output));
+  if (!again) finish_forward<T, kHeadDim, kKind>(p, same, memory, part, output, largest, total);
+  if (!again && part.begin <= same.first_row) return false;
+  __syncthreads();  // every warp is done with all of shared memory
+  begin_pass(memory, p, same, part_of_queries(p, same.s, again ? same.s.rows : part.begin));
+  return true;
+}
 
-  finish_forward<T, kHeadDim, kElementwise>(p, place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks), memory, output,
-                                            largest, total);
+template <class T, int kHeadDim, ForwardKind kKind>
+__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
+    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
+  using Memory = ForwardMemory<T, kHeadDim, kKind>;
+  const Memory memory(ptx::dynamic_shared_memory());
+  const ForwardPlace place = place_of<Memory::Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const auto& [b, head, head_kv, first_row, s] = place;
+  if (first_row >= s.rows) return;
+  if (first_row >= s.queries) return write_empty_rows<T, Memory::Tiles::kRows>(p, place);
+  copy_rows<kThreads>(memory.query, head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, first_row, 0,
+                      s.queries, static_cast<int>(p.head_dim), ptx::thread_index());
+  if (Memory::kPrefixApart && s.slots > 0) copy_prefix<T>(memory, p, place, 0);
+  begin_pass(memory, p, place, whole_part(s));
+#pragma unroll 1
+  while (forward_pass<T, kHeadDim, kKind>(memory, p, row_blocks)) {
+  }
 }
 
 }  // namespace lak::sm80

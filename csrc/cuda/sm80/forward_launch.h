@@ -6,27 +6,34 @@
 
 namespace lak::sm80 {
 
-template <class T, int kHeadDim, bool kElementwise>
+template <class T, int kHeadDim, ForwardKind kKind>
 int launch_forward_kernel(const ZeroGateParams& p, cudaStream_t stream) {
-  using Memory = ForwardMemory<T, kHeadDim, kElementwise>;
-  const int64_t row_blocks = ceil_div(p.seq_q, Memory::Tiles::kRows);
-  return launch<forward_kernel<T, kHeadDim, kElementwise>, Memory::kBytes>(row_blocks * p.heads_q * p.batch, kThreads, stream,
-                                                                           p, static_cast<int>(row_blocks));
+  using Memory = ForwardMemory<T, kHeadDim, kKind>;
+  const Extent extent = extent_of(p);
+  const int64_t row_blocks = ceil_div(extent.rows, Memory::Tiles::kRows);
+  return launch<forward_kernel<T, kHeadDim, kKind>, Memory::kBytes>(row_blocks * p.heads_q * extent.sequences, kThreads, stream,
+                                                                    p, static_cast<int>(row_blocks));
+}
+
+template <class T, int kHeadDim>
+int launch_forward_of_kind(const ZeroGateParams& p, cudaStream_t stream) {
+  if constexpr (kIsTuned<T, kHeadDim>) {
+    if (!needs_elementwise_scores(p)) {
+      if constexpr (kHeadDim == 128) {
+        if (!fits_twice(ForwardMemory<T, kHeadDim, ForwardKind::kPlain>::kBytes)) {
+          return launch_forward_kernel<T, kHeadDim, ForwardKind::kSmall>(p, stream);
+        }
+      }
+      return launch_forward_kernel<T, kHeadDim, ForwardKind::kPlain>(p, stream);
+    }
+  }
+  return launch_forward_kernel<T, kHeadDim, ForwardKind::kElementwise>(p, stream);
 }
 
 template <class T, int kHeadDim>
 int launch_forward(const ZeroGateParams& p, cudaStream_t stream) {
-  int code = kLakSuccess;
-  if constexpr (kIsTuned<T, kHeadDim>) {
-    code = needs_elementwise_scores(p) ? launch_forward_kernel<T, kHeadDim, true>(p, stream)
-                                       : launch_forward_kernel<T, kHeadDim, false>(p, stream);
-  } else {
-    code = launch_forward_kernel<T, kHeadDim, true>(p, stream);
-  }
-  if (code != kLakSuccess || p.cu_seqlens_q == nullptr) return code;
-  Tails tails{};
-  tails.add(p.output, p.total_q, p.heads_q, p.cu_seqlens_q + p.batch);
-  return launch_zero_tail<T>(tails, p.head_dim, stream);
+  const int code = launch_forward_of_kind<T, kHeadDim>(p, stream);
+  return code == kLakSuccess ? zero_tail<T>(p, false, stream) : code;
 }
 
 }  // namespace lak::sm80

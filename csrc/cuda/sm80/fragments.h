@@ -6,6 +6,8 @@
 // columns 2t, 2t + 1 (B) that its part of C needs.
 #pragma once
 
+#include <limits>
+
 #include <ptx/async_copy.h>
 #include <ptx/convert.h>
 #include <ptx/matrix.h>
@@ -29,11 +31,13 @@ struct SharedTile {
   static constexpr int kChunks = kColumns / kChunk;
   static constexpr int kRowBytes = kColumns * sizeof(T);
   static constexpr int kBytes = kRows * kRowBytes;
-  static_assert(kChunks % 8 == 0 || kChunks == 4, "the permutation is made for these");
+  static_assert(kChunks % 8 == 0 || kChunks == 4 || kChunks == 2, "the permutation is made for these");
 
   uint32_t base;
 
-  static __device__ __forceinline__ int permuted(int row, int c) { return c ^ (kChunks == 4 ? row / 2 % 4 : row % 8); }
+  static __device__ __forceinline__ int permuted(int row, int c) {
+    return c ^ (kChunks == 2 ? row / 4 % 2 : kChunks == 4 ? row / 2 % 4 : row % 8);
+  }
   __device__ __forceinline__ uint32_t chunk(int row, int c) const { return base + row * kRowBytes + permuted(row, c) * 16; }
 
   // chunk(row + lane_row, c + lane_chunk), where `row` is a multiple of 8 and c + lane_chunk carries nothing. One register
@@ -164,6 +168,46 @@ __device__ __forceinline__ float2 load_pair(const T* address) {
   }
 }
 
+// The sum of the products of 16 bytes of elements each.
+template <class T>
+__device__ __forceinline__ float product_of_chunks(const uint4& x, const uint4& y) {
+  const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kIsHalf<T>) {
+#pragma unroll
+      for (int shift = 0; shift < 32; shift += 16) {
+        const T a{static_cast<uint16_t>(left[i] >> shift)}, b{static_cast<uint16_t>(right[i] >> shift)};
+        sum = fmaf(ptx::widen(a), ptx::widen(b), sum);
+      }
+    } else {
+      sum = fmaf(__uint_as_float(left[i]), __uint_as_float(right[i]), sum);
+    }
+  }
+  return sum;
+}
+
+// load_a without a tile: A[m][k] = rows[m * stride + k] from global memory.
+template <class T>
+__device__ __forceinline__ void load_a_rows(FragmentA<T>& a, const T* rows, int64_t stride) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const T* at = rows + (lane / 4 + 8 * half) * stride;
+    if constexpr (kIsHalf<T>) {
+      a.r[half] = ptx::load_global(reinterpret_cast<const uint32_t*>(at + lane % 4 * 2));
+      a.r[half + 2] = ptx::load_global(reinterpret_cast<const uint32_t*>(at + 8 + lane % 4 * 2));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 16; k += 4) {
+        const float4 v = ptx::load_global(reinterpret_cast<const float4*>(at + k));
+        a.k[half][k] = v.x, a.k[half][k + 1] = v.y, a.k[half][k + 2] = v.z, a.k[half][k + 3] = v.w;
+      }
+    }
+  }
+}
+
 // load_b without a tile: B[k][n] = rows[(row + n) * stride + column + k] from global memory; rows outside of [low, high) and
 // columns from head_dim on are zero. For the few tiles that are read by a single warp.
 template <class T>
@@ -249,6 +293,20 @@ __device__ __forceinline__ void set_zero(float (&c)[kM][kN][4]) {
   }
 }
 
+template <int kM, int kN>
+__device__ __forceinline__ bool all_finite(const float (&c)[kM][kN][4]) {
+  bool finite = true;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) finite = finite && fabsf(c[m][n][e]) < std::numeric_limits<float>::infinity();
+    }
+  }
+  return finite;
+}
+
 // c += X Y^T over columns 0..kColumns of both tiles: rows x_row.. of X (16 kM of them) by rows y_row.. of Y (8 kN).
 template <int kM, int kN, class T, int RX, int RY, int C>
 __device__ __forceinline__ void multiply_abt(float (&c)[kM][kN][4], SharedTile<T, RX, C> x, int x_row, SharedTile<T, RY, C> y,
@@ -284,6 +342,47 @@ __device__ __forceinline__ void multiply_abt_rows(float (&c)[2][4], SharedTile<T
   }
 }
 
+// c += A Y[y_row .. y_row + 16]: one step of a product.
+template <int kM, int kN, class T, int R, int C>
+__device__ __forceinline__ void multiply_add_row(float (&c)[kM][kN][4], const FragmentA<T> (&a)[kM], SharedTile<T, R, C> y,
+                                                 int y_row, int y_column) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    FragmentB<T> b;
+    load_b_transposed(b, y, y_row, y_column + 8 * n);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) multiply_add(c[m][n], c[m][n + 1], a[m], b);
+  }
+}
+
+// c += X Y over the columns of X and the rows of Y: rows x_row.. of X (16 kM of them) by columns y_column.. of Y (8 kN).
+template <int kM, int kN, class T, int R, int K, int C>
+__device__ __forceinline__ void multiply_ab(float (&c)[kM][kN][4], SharedTile<T, R, K> x, int x_row, SharedTile<T, K, C> y,
+                                            int y_column) {
+  constexpr int kUnroll = kIsHalf<T> ? 2 : 1;
+#pragma unroll kUnroll
+  for (int k = 0; k < K; k += 16) {
+    FragmentA<T> a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) load_a(a[m], x, x_row + 16 * m, k);
+    multiply_add_row(c, a, y, k, y_column);
+  }
+}
+
+// c += X^T Y over the rows of both: columns x_column.. of X (16 kM of them) by columns y_column.. of Y (8 kN).
+template <int kM, int kN, class T, int K, int CX, int C>
+__device__ __forceinline__ void multiply_atb(float (&c)[kM][kN][4], SharedTile<T, K, CX> x, int x_column, SharedTile<T, K, C> y,
+                                             int y_column) {
+  constexpr int kUnroll = kIsHalf<T> ? 2 : 1;
+#pragma unroll kUnroll
+  for (int k = 0; k < K; k += 16) {
+    FragmentA<T> a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) load_a_transposed(a[m], x, k, x_column + 16 * m);
+    multiply_add_row(c, a, y, k, y_column);
+  }
+}
+
 // c += P Y, P [16 kM x 8 kK] in accumulators, Y rows y_row.., columns from `column` on.
 template <int kM, int kK, int kN, class T, int R, int C>
 __device__ __forceinline__ void multiply_pb(float (&c)[kM][kN][4], const float (&p)[kM][kK][4], SharedTile<T, R, C> y,
@@ -293,12 +392,28 @@ __device__ __forceinline__ void multiply_pb(float (&c)[kM][kN][4], const float (
     FragmentA<T> a[kM];
 #pragma unroll
     for (int m = 0; m < kM; ++m) to_fragment_a<T>(a[m], p[m][k], p[m][k + 1]);
+    multiply_add_row(c, a, y, y_row + 8 * k, column);
+  }
+}
+
+// Accumulators to shared memory, as elements of T.
+template <int kM, int kN, class T, int R, int C>
+__device__ __forceinline__ void store_tile(SharedTile<T, R, C> tile, int row, int column, const float (&c)[kM][kN][4]) {
+  const int lane = lane_id();
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      FragmentB<T> b;
-      load_b_transposed(b, y, y_row + 8 * k, column + 8 * n);
+  for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m) multiply_add(c[m][n], c[m][n + 1], a[m], b);
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = c[m][n][2 * half], y = c[m][n][2 * half + 1];
+        if constexpr (kIsHalf<T>) {  // 8 columns are a chunk
+          const uint32_t at = tile.chunk(row + 16 * m + 8 * half, column / 8 + n, lane / 4, 0);
+          ptx::store_shared(at + lane % 4 * 4, ptx::pack<T>(x, y));
+        } else {
+          ptx::store_shared(tile.element(row + 16 * m + 8 * half + lane / 4, column + 8 * n + lane % 4 * 2), float2{x, y});
+        }
+      }
     }
   }
 }
@@ -313,7 +428,7 @@ __device__ __forceinline__ float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// Writes an accumulator row pair straight to global memory: 8 (or 16) bytes a lane next to each other.
+// Two neighbouring elements to global memory.
 template <class T>
 __device__ __forceinline__ void store_pair(T* address, float x, float y) {
   if constexpr (kIsHalf<T>) {
@@ -323,19 +438,52 @@ __device__ __forceinline__ void store_pair(T* address, float x, float y) {
   }
 }
 
-// Stores columns of accumulators [8 kN] times `factor` to rows that exist. `rows` points to row 0, column 0.
+// The four lanes of a quad have four registers each; afterwards lane t has what was number t in each of them.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&r)[4]) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = (lane_id() & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) != 0) continue;
+      const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? r[i] : r[i + distance], distance);
+      (upper ? r[i] : r[i + distance]) = received;
+    }
+  }
+}
+
+// Stores columns [column, column + 8 kN) of accumulators, times `factor`, to the rows below `limit`; rows from `live` on become
+// zero. `rows` points to row 0, column 0. Of 16-bit elements a lane stores 16 bytes at a time where kN allows it.
 template <int kN, class T>
 __device__ __forceinline__ void store_rows(T* rows, int64_t stride, int row, int limit, const float (&c)[kN][4], float factor,
-                                           int column, int head_dim) {
+                                           int column, int head_dim, int live) {
   const int lane = lane_id();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = row + lane / 4 + 8 * half;
-    if (r >= limit) continue;
+    T* const at = rows + r * stride;
+    if constexpr (kIsHalf<T> && kN % 4 == 0) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int at = column + 8 * n + lane % 4 * 2;
-      if (at < head_dim) store_pair(rows + r * stride + at, c[n][2 * half] * factor, c[n][2 * half + 1] * factor);
+      for (int n = 0; n < kN; n += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t pair = ptx::pack<T>(c[n + i][2 * half] * factor, c[n + i][2 * half + 1] * factor);
+          pairs[i] = r < live ? pair : 0u;
+        }
+        transpose_in_quad(pairs);
+        const int to = column + 8 * (n + lane % 4);
+        if (r < limit && to < head_dim) {
+          ptx::store_global(reinterpret_cast<uint4*>(at + to), uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const int to = column + 8 * n + lane % 4 * 2;
+        const float x = r < live ? c[n][2 * half] * factor : 0.0f, y = r < live ? c[n][2 * half + 1] * factor : 0.0f;
+        if (r < limit && to < head_dim) store_pair(at + to, x, y);
+      }
     }
   }
 }

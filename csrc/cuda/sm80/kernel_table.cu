@@ -2,9 +2,8 @@
 #include "sm80/kernel_table.h"
 
 #include "sm80/backward/keys.h"
-#include "sm80/backward/prefix.h"
-#include "sm80/backward/queries.h"
 #include "sm80/backward/rows.h"
+#include "sm80/backward/words.h"
 #include "sm80/decode/decode.h"
 #include "sm80/forward.h"
 
@@ -14,33 +13,30 @@ namespace {
 template <class T, int kHeadDim>
 void add_kernels(std::string& lines, const char* type) {
   constexpr bool kTuned = kIsTuned<T, kHeadDim>;
-  constexpr int kBlocks = kTuned ? 2 : 1, kBackwardThreads = 32 * kBackwardWarps<T, kHeadDim>;
+  constexpr int kBlocks = kTuned ? 2 : 1;
   const auto line = [&](const char* kernel, int rows, int keys, int threads, int blocks, int bytes) {
     lines += std::string("sm80 ") + kernel + " " + type;
     for (int number : {kHeadDim, rows, keys, threads, blocks, bytes}) lines += " " + std::to_string(number);
     lines += "\n";
   };
+  const auto forward = [&]<ForwardKind kKind>(const char* kernel) {
+    using Memory = ForwardMemory<T, kHeadDim, kKind>;
+    line(kernel, Memory::Tiles::kRows, Memory::Tiles::kKeys, kThreads, kBlocks, Memory::kBytes);
+  };
+  const auto pairs = [&]<class Tiles, class Memory>(const char* kernel, int blocks) {
+    line(kernel, Tiles::kRows, Tiles::kKeys, Tiles::kThreads, blocks, Memory::kBytes);
+  };
+  if constexpr (kTuned) forward.template operator()<ForwardKind::kPlain>("forward");
+  if constexpr (kTuned && kHeadDim == 128) forward.template operator()<ForwardKind::kSmall>("forward_small");
+  forward.template operator()<ForwardKind::kElementwise>("forward_masked");
+  line("backward_rows", RowTiles<T, kHeadDim>::kRows, kPrefixTile, kThreads, kBlocks, RowMemory<T, kHeadDim>::kBytes);
+  using Wide = WordTiles<T, kHeadDim, 8>;
+  using Small = WordTiles<T, kHeadDim, kWarps>;
+  pairs.template operator()<Small, WordsMemory<T, kHeadDim>>("backward_words", kBlocks);
   if constexpr (kTuned) {
-    using Plain = ForwardMemory<T, kHeadDim, false>;
-    line("forward", Plain::Tiles::kRows, Plain::Tiles::kKeys, kThreads, kBlocks, Plain::kBytes);
+    pairs.template operator()<Wide, PairMemory<T, kHeadDim, Wide>>("backward_keys", 1);
+    pairs.template operator()<Small, PairMemory<T, kHeadDim, Small>>("backward_keys_small", kBlocks);
   }
-  using Masked = ForwardMemory<T, kHeadDim, true>;
-  line("forward_masked", Masked::Tiles::kRows, Masked::Tiles::kKeys, kThreads, kBlocks, Masked::kBytes);
-  using Keys = KeyGradientTiles<T, kHeadDim>;
-  if constexpr (kTuned) {
-    line("backward_keys_dquery", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks,
-         KeyGradientMemory<T, kHeadDim, true>::kBytes);
-    line("backward_keys", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks, KeyGradientMemory<T, kHeadDim, false>::kBytes);
-  }
-  line("backward_keys_masked", Keys::kRows, Keys::kKeys, kBackwardThreads, kBlocks,
-       KeyGradientMemory<T, kHeadDim, false>::kBytes);
-  using Queries = QueryGradientTiles<T, kHeadDim>;
-  if constexpr (kTuned) {
-    line("backward_queries", Queries::kRows, Queries::kKeys, kBackwardThreads, kBlocks, kQueryGradientBytes<T, kHeadDim>);
-  }
-  line("backward_queries_masked", Queries::kRows, Queries::kKeys, kBackwardThreads, kBlocks, kQueryGradientBytes<T, kHeadDim>);
-  line("backward_rows", 16 * kBackwardWarps<T, kHeadDim>, kPrefixTile, kBackwardThreads, 1, kRowsKernelBytes<T, kHeadDim>);
-  line("backward_prefix", kPrefixRowsPerBlock, kPrefixTile, kBackwardThreads, 1, kPrefixKernelBytes<T, kHeadDim>);
   constexpr int kDecodeWarpsHere = kDecodeWarps<T, kHeadDim>;
   line("decode", kDecodeRows, kDecodeWarpsHere * kDecodeKeys, 32 * kDecodeWarpsHere, 1, DecodeMemory<T, kHeadDim>::kBytes);
 }

@@ -36,11 +36,24 @@ __device__ __forceinline__ float adjusted_score(float raw, const ScoreRule& rule
   }
 }
 
-template <bool kElementwise>
-__device__ __forceinline__ float score(float raw, const ScoreRule& rule, const Sequence& s, int query, int key) {
-  if (key < s.key_begin || key >= visible_end(s, query) || query >= s.queries) return -kInfinity;
-  return adjusted_score<kElementwise>(raw, rule, query, key);
-}
+// A Part in shared memory, where it takes no registers during the pass.
+struct SharedPart {
+  static constexpr int kBytes = 32;
+  uint32_t base;
+
+  __device__ __forceinline__ Window rows() const { return ptx::load_shared<Window>(base); }
+  __device__ __forceinline__ Window keys() const { return ptx::load_shared<Window>(base + 8); }
+  __device__ __forceinline__ Part load() const {
+    const Window stored = ptx::load_shared<Window>(base + 16);
+    return {rows(), keys(), stored.end, stored.begin};
+  }
+  // By a single thread, between two barriers.
+  __device__ __forceinline__ void store(const Part& part) const {
+    ptx::store_shared(base, part.rows);
+    ptx::store_shared(base + 8, part.keys);
+    ptx::store_shared(base + 16, Window{part.begin, part.end});
+  }
+};
 
 // What backward knows of a row's softmax over the words: P = 2^((score - shift) factor - rest), D_w. The shift is the
 // log-sum-exp in units of the scores, so that of a large score nothing is rounded before the difference. float32 keeps what
@@ -52,26 +65,29 @@ __device__ __forceinline__ float word_probability(float score, float factor, flo
   return ptx::exp2_fast(difference * factor);
 }
 
-// Queries down, keys across.
+// Keys that a row does not see get a score of -inf; the others are adjusted. Queries down from `first_query` on, keys across from
+// `first_key` on. `windows`: address of the window of the first query in shared memory.
 template <bool kElementwise, int kM, int kN>
-__device__ __forceinline__ void apply_rule(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, int query,
-                                           int key) {
+__device__ __forceinline__ void apply_windows(float (&c)[kM][kN][4], const ScoreRule& rule, const Sequence& s, uint32_t windows,
+                                              int first_query, int first_key) {
   // Needed at the edges alone: nothing of it is kept in registers between the tiles.
-  const int lane = ptx::opaque(lane_id()), first = key + lane % 4 * 2;
+  const int lane = ptx::opaque(lane_id()), first = first_key + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = query + 16 * m + 8 * half + lane / 4;
-      // Rows past the last are computed along and never stored; only the mask has nothing for them.
-      const int end = kElementwise && row >= s.queries ? 0 : visible_end(s, row);
+      const int row = 16 * m + 8 * half + lane / 4;
+      const Window window = ptx::load_shared<Window>(windows + row * static_cast<int>(sizeof(Window)));
+      const unsigned from = first - window.begin, count = window.end - window.begin;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& value = c[m][n][2 * half + e];
-          const int at = first + 8 * n + e;
-          value = at < s.key_begin || at >= end ? -kInfinity : adjusted_score<kElementwise>(value, rule, row, at);
+          const int at = 8 * n + e;
+          // Rows past the last are computed along and never stored; only the mask has nothing for them.
+          const int query = kElementwise ? lower(first_query + row, s.queries - 1) : 0;
+          value = from + at < count ? adjusted_score<kElementwise>(value, rule, query, first + at) : -kInfinity;
         }
       }
     }

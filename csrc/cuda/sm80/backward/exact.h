@@ -24,43 +24,44 @@ struct RowsOfWarp {
   const Sequence& s;
   const ScoreRule rule;
   int b, head_kv, row;
+  Window window[2];
   bool elementwise;
 
-  __device__ __forceinline__ float value(float raw, int query, int key) const {
-    return elementwise ? adjusted_score<true>(raw, rule, query, key) : raw;
+  __device__ __forceinline__ float value(float raw, int half, int key) const {
+    return elementwise ? adjusted_score<true>(raw, rule, row + 8 * half, key) : raw;
   }
-  // The first and one past the last key that a row of the warp among those with `wanted` sees.
-  __device__ __forceinline__ int2 keys(const bool (&wanted)[2]) const {
-    int2 range{s.key_end, s.key_begin};
+  __device__ __forceinline__ bool sees(int half, int key) const {
+    const bool inside = key >= window[half].begin && key < window[half].end;
+    return inside && value(0.0f, half, key) != -kInfinity;  // what a product of zero leaves is the mask alone
+  }
+  // From the first to the last key that a row of the warp among those with `wanted` sees.
+  __device__ __forceinline__ Window keys(const bool (&wanted)[2]) const {
+    Window all{s.key_end, s.key_begin};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (wanted[half]) range = {s.key_begin, higher(range.y, visible_end(s, row + 8 * half))};
+      if (wanted[half]) all = {lower(all.begin, window[half].begin), higher(all.end, window[half].end)};
     }
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {
-      range.x = lower(range.x, __shfl_xor_sync(kAllLanes, range.x, lanes));
-      range.y = higher(range.y, __shfl_xor_sync(kAllLanes, range.y, lanes));
+      all.begin = lower(all.begin, __shfl_xor_sync(kAllLanes, all.begin, lanes));
+      all.end = higher(all.end, __shfl_xor_sync(kAllLanes, all.end, lanes));
     }
-    return range;
-  }
-  // Only the mask is asked: what a product of zero leaves.
-  __device__ __forceinline__ bool sees(int query, int key) const {
-    return key >= s.key_begin && key < visible_end(s, query) && value(0.0f, query, key) != -kInfinity;
+    return all;
   }
 };
 
 // Which rows a mask leaves at most kFewKeys keys. Most often the first tiles tell.
 __device__ __forceinline__ void find_few_keys(const RowsOfWarp& rows, const bool (&there)[2], bool (&few)[2]) {
-  const int2 range = rows.keys(there);
+  const Window range = rows.keys(there);
   int seen[2] = {0, 0};
   few[0] = there[0], few[1] = there[1];
-  for (int at = range.x; at < range.y && __any_sync(kAllLanes, few[0] || few[1]); at += 16) {
+  for (int at = range.begin; at < range.end && __any_sync(kAllLanes, few[0] || few[1]); at += 16) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int key = at + n / 2 * 8 + lane_id() % 4 * 2 + n % 2;
-        seen[half] += few[half] && rows.sees(rows.row + 8 * half, key);
+        seen[half] += few[half] && rows.sees(half, key);
       }
       int total = seen[half];
       total += __shfl_xor_sync(kAllLanes, total, 1);
@@ -80,16 +81,16 @@ __device__ __forceinline__ RunningSoftmax softmax_of_words(const RowsOfWarp& row
   const T* key = head_pointer<const T>(p.key, rows.b, rows.head_kv, s.first_key);
   const T* value = head_pointer<const T>(p.value, rows.b, rows.head_kv, s.first_key);
   const int head_dim = static_cast<int>(p.head_dim);
-  const int2 range = rows.keys(wanted);
+  const Window range = rows.keys(wanted);
   RunningSoftmax softmax;
-  for (int at = range.x; at < range.y; at += 16) {
+  for (int at = range.begin; at < range.end; at += 16) {
     float scores[2][4] = {}, dprobability[2][4] = {};
     bool any = false;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        any = any || (wanted[e / 2] && rows.sees(rows.row + 8 * (e / 2), at + 8 * n + lane_id() % 4 * 2 + e % 2));
+        any = any || (wanted[e / 2] && rows.sees(e / 2, at + 8 * n + lane_id() % 4 * 2 + e % 2));
       }
     }
     if (!__any_sync(kAllLanes, any)) continue;
@@ -99,9 +100,10 @@ __device__ __forceinline__ RunningSoftmax softmax_of_words(const RowsOfWarp& row
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int query_row = rows.row + 8 * (e / 2), at_key = at + 8 * n + lane_id() % 4 * 2 + e % 2;
-        const bool seen = wanted[e / 2] && rows.sees(query_row, at_key);
-        scores[n][e] = seen ? rows.value(scores[n][e], query_row, at_key) : -kInfinity;
+        const int at_key = at + 8 * n + lane_id() % 4 * 2 + e % 2;
+        const bool seen = wanted[e / 2] && rows.sees(e / 2, at_key);
+        scores[n][e] = seen ? rows.value(scores[n][e], e / 2, at_key) : -kInfinity;
+        dprobability[n][e] = seen ? dprobability[n][e] : 0.0f;  // a weight of 0 does not hide NaN
       }
     }
     softmax.add(scores, dprobability, rows.elementwise ? 1.0f : rows.rule.scale_log2);

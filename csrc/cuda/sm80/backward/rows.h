@@ -1,9 +1,16 @@
 // Backward, first kernel: what each row contributes by itself, linear in the sequence.
 //
-//   D_p = rowsum(P_p * (dO Vp^T))   D_w = rowsum(dO * O) - gate D_p   dgate partial = sum of D_p over the block's rows
-//   dQ begins as the prefix's part: gate P_p * (dO Vp^T - D_p) Kp      (times `scale` at the very end)
+//   prefix:  P_p = softmax(scale Q Kp^T)   dP_p = dO Vp^T   D_p = rowsum(P_p * dP_p)   dS_p = gate P_p * (dP_p - D_p)
+//            dgate = sum D_p   dVp = gate P_p^T dO   dKp = scale dS_p^T Q
+//   words:   D_w = rowsum(dO * O) - gate D_p, the shift of their probabilities, and the window of keys that the row sees
 //
-// A warp owns 16 rows. Shared memory: Q, dO [16 x warps, D], prefix K, V [16, D], one float a warp.
+// dS_p is kept for dQ, which begins as dS_p Kp. A block goes over tiles of kRows queries of one head, the copy of the next under
+// the work on this one. A warp has 16 rows of the scores, and a quarter of the columns of dKp and dVp, which stay in registers
+// to the last tile: one partial sum a block, added to the others in a fixed order by sums.h.
+//
+// A prefix of more than 16 slots takes a launch for each 16. The first finds the statistics over all of them.
+//
+// Shared memory: per stage Q, dO [kRows, D]; prefix K, V [16, D]; gate P_p, dS_p [kRows, 16]; a float a warp.
 #pragma once
 
 #include "sm80/backward/exact.h"
@@ -13,166 +20,301 @@
 namespace lak::sm80 {
 
 template <class T, int kHeadDim>
-constexpr int kRowsKernelBytes =
-    (2 * 16 * kBackwardWarps<T, kHeadDim> + 2 * kPrefixTile) * kHeadDim * static_cast<int>(sizeof(T)) + 16;
+struct RowMemory {
+  using Tiles = RowTiles<T, kHeadDim>;
+  using RowTile = SharedTile<T, Tiles::kRows, kHeadDim>;
+  using SlotTile = SharedTile<T, kPrefixTile, kHeadDim>;
+  using WeightTile = SharedTile<T, Tiles::kRows, kPrefixTile>;
+  static constexpr int kStage = 2 * RowTile::kBytes;
+  static constexpr int kBytes = Tiles::kStages * kStage + 2 * SlotTile::kBytes + 2 * WeightTile::kBytes + kWarps * 4;
+
+  uint32_t base;
+  __device__ __forceinline__ RowTile query(int stage) const { return {base + stage * kStage}; }
+  __device__ __forceinline__ RowTile doutput(int stage) const { return {base + stage * kStage + RowTile::kBytes}; }
+  __device__ __forceinline__ SlotTile prefix_key() const { return {base + Tiles::kStages * kStage}; }
+  __device__ __forceinline__ SlotTile prefix_value() const { return {prefix_key().base + SlotTile::kBytes}; }
+  __device__ __forceinline__ WeightTile weights() const { return {prefix_value().base + SlotTile::kBytes}; }
+  __device__ __forceinline__ WeightTile dscores() const { return {weights().base + WeightTile::kBytes}; }
+  __device__ __forceinline__ uint32_t sum_of(int warp) const { return dscores().base + WeightTile::kBytes + warp * 4; }
+};
+
+// The rows g and g + 8 of a warp's 16 of O, loaded ahead of the time when rowsum(dO * O) is asked for.
+template <class T, int kHeadDim>
+struct OutputRows {
+  static constexpr int kChunk = 16 / sizeof(T), kChunks = kHeadDim / kChunk / 4;  // of a row, of a lane
+  uint4 chunks[2][kChunks];
+
+  __device__ __forceinline__ void load(const T* rows, int64_t stride, const bool (&there)[2], int head_dim) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        const int column = (4 * i + lane_id() % 4) * kChunk;
+        const T* at = rows + (lane_id() / 4 + 8 * half) * stride + column;
+        const bool valid = there[half] && column < head_dim;
+        chunks[half][i] = valid ? ptx::load_global(reinterpret_cast<const uint4*>(at)) : uint4{};
+      }
+    }
+  }
+  template <int kRows>
+  __device__ __forceinline__ float product(SharedTile<T, kRows, kHeadDim> doutput, int warp_row, int half) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const uint32_t at = doutput.chunk(warp_row + lane_id() / 4 + 8 * half, 4 * i + lane_id() % 4);
+      sum += product_of_chunks<T>(chunks[half][i], ptx::load_shared<uint4>(at));
+    }
+    return row_sum(sum);
+  }
+};
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(32 * kBackwardWarps<T, kHeadDim>)
-    backward_rows_kernel(const __grid_constant__ ZeroGateParams p) {
-  constexpr int kWarpsHere = kBackwardWarps<T, kHeadDim>, kRows = 16 * kWarpsHere, kD = kHeadDim / 8;
+__global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
+    backward_rows_kernel(const __grid_constant__ ZeroGateParams p, int slot_tile) {
+  using Memory = RowMemory<T, kHeadDim>;
+  using Tiles = typename Memory::Tiles;
+  constexpr int kRows = Tiles::kRows, kColumns = kHeadDim / kWarps;
+  const Memory memory{ptx::dynamic_shared_memory()};
   const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
-  SharedTile<T, kRows, kHeadDim> query{ptx::dynamic_shared_memory()}, doutput{query.base + query.kBytes};
-  SharedTile<T, kPrefixTile, kHeadDim> prefix_key{doutput.base + doutput.kBytes},
-      prefix_value{prefix_key.base + prefix_key.kBytes};
-  const uint32_t sums = prefix_value.base + prefix_value.kBytes;
+  const RowGrid& grid = workspace.grid;
+  const int thread = threadIdx.x, lane = lane_id(), warp = warp_id(), head_dim = static_cast<int>(p.head_dim);
+  const int warp_row = 16 * warp, slot = kPrefixTile * slot_tile, slot_tiles = prefix_tiles(p);
 
-  const int block = static_cast<int>(blockIdx.x % workspace.row_blocks);
-  const int head = static_cast<int>(blockIdx.x / workspace.row_blocks % p.heads_q);
-  const int b = static_cast<int>(blockIdx.x / workspace.row_blocks / p.heads_q);
-  const Sequence s = sequence_of(p, b);
-  const int thread = threadIdx.x, lane = lane_id(), head_dim = static_cast<int>(p.head_dim);
-  const int first_row = block * kRows, warp_row = warp_id() * 16;
-  float* dgate = p.dgate == nullptr ? nullptr : workspace.dgate + blockIdx.x;
-  if (first_row >= s.queries) {
-    if (dgate != nullptr && thread == 0) ptx::store_global(dgate, 0.0f);
-    return;
-  }
+  const int chunk = static_cast<int>(blockIdx.x % grid.chunks);
+  const int head = static_cast<int>(blockIdx.x / grid.chunks % p.heads_q);
+  const int outer = static_cast<int>(blockIdx.x / grid.chunks / p.heads_q);
   const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
-  constexpr int kThreadsHere = 32 * kWarpsHere;
-  const T* keys = head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0);
-  const T* values = head_pointer<const T>(p.prefix_value, s.prefix, head_kv, 0);
-  const auto copy_prefix = [&](int slot) {
-    copy_rows<kThreadsHere>(prefix_key, keys, p.prefix_key.stride_row, slot, 0, s.slots, head_dim, thread);
-    copy_rows<kThreadsHere>(prefix_value, values, p.prefix_value.stride_row, slot, 0, s.slots, head_dim, thread);
-    ptx::commit_async_copies();
-    ptx::wait_async_copies<0>();
-    __syncthreads();
-  };
-  const T* query_rows = head_pointer<const T>(p.query, b, head, s.first_query);
-  const T* doutput_rows = head_pointer<const T>(p.doutput, b, head, s.first_query);
-  const T* output_rows = head_pointer<const T>(p.output, b, head, s.first_query);
-  copy_rows<kThreadsHere>(query, query_rows, p.query.stride_row, first_row, 0, s.queries, head_dim, thread);
-  copy_rows<kThreadsHere>(doutput, doutput_rows, p.doutput.stride_row, first_row, 0, s.queries, head_dim, thread);
-  copy_prefix(0);
+  const int all_tiles = has_shared_prefix(p) ? grid.tiles * static_cast<int>(extent_of(p).sequences) : grid.tiles;
+  const int first_tile = chunk * grid.tiles_a_block, end_tile = lower(first_tile + grid.tiles_a_block, all_tiles);
+  const auto sequence_at = [&](int tile) { return has_shared_prefix(p) ? tile / grid.tiles : outer; };
 
-  const ScoreRule rule = score_rule(p, b, head);
+  const bool words = (p.dquery.data != nullptr || p.dkey.data != nullptr) && slot_tile == 0;
+  const ScoreRule any_rule = score_rule(p, 0, head);
   const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
-  const float before = elementwise ? rule.scale_log2 : 1.0f, factor = elementwise ? 1.0f : rule.scale_log2;
-  const float gate = gate_of(p, s, head);
-  float c[1][2][4], d[1][2][4];  // prefix scores, dO Vp^T
-  const auto scores = [&](int slot) {
-    set_zero(c);
-    set_zero(d);
-    multiply_abt(c, query, warp_row, prefix_key, 0);
-    multiply_abt(d, doutput, warp_row, prefix_value, 0);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        c[0][n][e] = slot + 8 * n + lane % 4 * 2 + e % 2 < s.slots ? c[0][n][e] * before : -kInfinity;
-      }
-    }
+  const float before = elementwise ? any_rule.scale_log2 : 1.0f, factor = elementwise ? 1.0f : any_rule.scale_log2;
+
+  const Sequence first_sequence = sequence_of(p, sequence_at(first_tile));
+  const int slots = first_sequence.slots;  // the same for all sequences of the block
+  const float gate = gate_of(p, first_sequence, head);
+  const auto copy_prefix = [&](int from) {
+    const T* keys = head_pointer<const T>(p.prefix_key, first_sequence.prefix, head_kv, 0);
+    const T* values = head_pointer<const T>(p.prefix_value, first_sequence.prefix, head_kv, 0);
+    copy_rows<kThreads>(memory.prefix_key(), keys, p.prefix_key.stride_row, from, 0, slots, head_dim, thread);
+    copy_rows<kThreads>(memory.prefix_value(), values, p.prefix_value.stride_row, from, 0, slots, head_dim, thread);
   };
-  RunningSoftmax prefix;
-  for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
-    if (slot > 0) {
-      __syncthreads();
-      copy_prefix(slot);
-    }
-    scores(slot);
-    prefix.add(c[0], d[0], factor);
-  }
-  prefix.finish();
+  const auto copy_tile = [&](int tile, int stage) {
+    const int b = sequence_at(tile), row = tile % grid.tiles * kRows;
+    const Sequence s = sequence_of(p, b);
+    copy_rows<kThreads>(memory.query(stage), head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, row, 0,
+                        s.queries, head_dim, thread);
+    copy_rows<kThreads>(memory.doutput(stage), head_pointer<const T>(p.doutput, b, head, s.first_query), p.doutput.stride_row,
+                        row, 0, s.queries, head_dim, thread);
+    ptx::commit_async_copies();
+  };
+  if (slots > 0) copy_prefix(slot);
+  if (first_tile < end_tile) copy_tile(first_tile, 0);
 
-  // D_w from the saved output where that is exact enough, else from the keys.
-  const int64_t statistics = statistic_row(p, s, b, head);
-  const RowsOfWarp rows{p, s, rule, b, head_kv, first_row + warp_row + lane / 4, elementwise};
-  float prefix_delta[2], delta[2] = {0.0f, 0.0f}, logsumexp[2] = {-kInfinity, -kInfinity};
-  bool there[2], few[2], from_keys[2];
+  float dprefix_key[1][kColumns / 8][4], dprefix_value[1][kColumns / 8][4], dgate = 0.0f;
+  set_zero(dprefix_key);
+  set_zero(dprefix_value);
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    const int stage = (tile - first_tile) % Tiles::kStages;
+    const int b = sequence_at(tile), first_row = tile % grid.tiles * kRows;
+    const Sequence s = sequence_of(p, b);
+    const int64_t statistics = workspace.row_of(b, head) + first_row + warp_row + lane / 4;  // of the row g of the warp
+    const auto query = memory.query(stage), doutput = memory.doutput(stage);
+    const bool has_rows = warp_row < kRows;
+    bool there[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = rows.row + 8 * half;
-    there[half] = row < s.queries;
-    prefix_delta[half] = s.slots > 0 ? prefix.weighted[half] / prefix.total[half] : 0.0f;
-    if (there[half]) {
-      logsumexp[half] = ptx::load_global(static_cast<const float*>(p.logsumexp.data) + statistics + row);
-      for (int column = lane % 4 * 2; column < head_dim; column += 8) {
-        const float2 x = load_pair(doutput_rows + row * p.doutput.stride_row + column);
-        const float2 y = load_pair(output_rows + row * p.output.stride_row + column);
-        delta[half] = fmaf(x.y, y.y, fmaf(x.x, y.x, delta[half]));
+    for (int half = 0; half < 2; ++half) there[half] = has_rows && first_row + warp_row + lane / 4 + 8 * half < s.queries;
+    OutputRows<T, kHeadDim> output;
+    Window windows[2];
+    if (words && has_rows) {
+      output.load(head_pointer<const T>(p.output, b, head, s.first_query + first_row + warp_row), p.output.stride_row, there,
+                  head_dim);
+      const int row = first_row + warp_row + lane % 16;
+      Window window = window_of(p, s, lower(row, s.queries - 1));
+      if (row >= s.queries) window.begin = window.end;
+      if (head == 0 && lane < 16) ptx::store_global(workspace.windows + b * workspace.padded_rows + row, window);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        windows[half].begin = __shfl_sync(kAllLanes, window.begin, lane / 4 + 8 * half);
+        windows[half].end = __shfl_sync(kAllLanes, window.end, lane / 4 + 8 * half);
       }
     }
-    delta[half] = row_sum(delta[half]) - gate * prefix_delta[half];
-    few[half] = visible_end(s, row) - s.key_begin <= kFewKeys;
-  }
-  if (p.mask.type != MaskType::kNone) find_few_keys(rows, there, few);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool any_key = logsumexp[half] != -kInfinity, fits = fabsf(delta[half]) < kInfinity;
-    const bool coarse = fabsf(logsumexp[half]) > kCoarseLogsumexp<T>;
-    from_keys[half] = there[half] && any_key && !s.bad_prefix && (few[half] || coarse || !fits);
-  }
-  RunningSoftmax words;
-  if (__any_sync(kAllLanes, from_keys[0] || from_keys[1])) words = softmax_of_words(rows, query, doutput, warp_row, from_keys);
+    ptx::wait_async_copies<0>();
+    __syncthreads();  // the tile is there; every warp is done with the one before
+    if (Tiles::kStages == 2 && tile + 1 < end_tile) copy_tile(tile + 1, 1 - stage);
 
-  float in_warp = 0.0f;
+    // The prefix: slots across. Statistics over all tiles of slots, then this one's weights.
+    float c[1][2][4], d[1][2][4];  // scores, dP_p
+    const auto prefix_products = [&](int from) {
+      set_zero(c);
+      set_zero(d);
+      if (!has_rows) return;
+      multiply_abt(c, query, warp_row, memory.prefix_key(), 0);
+      multiply_abt(d, doutput, warp_row, memory.prefix_value(), 0);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = rows.row + 8 * half;
-    if (!there[half] || lane % 4 != 0) continue;
-    float shift = 0.0f, rest = 0.0f;
-    if (from_keys[half]) {
-      delta[half] = words.weighted[half] / words.total[half];
-      shift = words.largest[half];
-      rest = ptx::log2_fast(words.total[half]);
-      if (kIsHalf<T>) shift += rest / factor;
-    } else if (logsumexp[half] != -kInfinity) {
-      const double exact = logsumexp[half] * kLog2E;
-      shift = static_cast<float>(exact / factor);
-      rest = static_cast<float>(exact - static_cast<double>(shift) * factor);
-    }
-    ptx::store_global(workspace.shift + statistics + row, shift);
-    if (!kIsHalf<T>) ptx::store_global(workspace.rest + statistics + row, rest);
-    ptx::store_global(workspace.delta + statistics + row, delta[half]);
-    const float prefix_shift = s.slots > 0 ? prefix.largest[half] + ptx::log2_fast(prefix.total[half]) / factor : 0.0f;
-    ptx::store_global(workspace.prefix_shift + statistics + row, prefix_shift);
-    ptx::store_global(workspace.prefix_delta + statistics + row, prefix_delta[half]);
-    in_warp += prefix_delta[half];
-  }
-  if (dgate != nullptr) {  // in a fixed order: lanes, then warps
+      for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) in_warp += __shfl_xor_sync(kAllLanes, in_warp, lanes);
-    if (lane == 0) ptx::store_shared(sums + warp_id() * 4, in_warp);
-    __syncthreads();
-    if (thread == 0) {
-      float in_block = 0.0f;
-      for (int w = 0; w < kWarpsHere; ++w) in_block += ptx::load_shared<float>(sums + w * 4);
-      ptx::store_global(dgate, in_block);
-    }
-  }
-  if (p.dquery.data == nullptr) return;
-
-  const float part[2] = {gate / prefix.total[0], gate / prefix.total[1]};
-  float dquery[1][kD][4];
-  set_zero(dquery);
-  for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
-    if (s.slots > kPrefixTile) {
-      __syncthreads();
-      copy_prefix(slot);
-      scores(slot);
-    }
+        for (int e = 0; e < 4; ++e) {
+          c[0][n][e] = from + 8 * n + lane % 4 * 2 + e % 2 < slots ? c[0][n][e] * before : -kInfinity;
+        }
+      }
+    };
+    float shift[2] = {}, rest[2] = {}, prefix_delta[2] = {};
+    if (slots > 0 && slot_tile == 0) {
+      RunningSoftmax softmax;
+      for (int from = 0; from < slots; from += kPrefixTile) {
+        if (from > 0) {
+          __syncthreads();
+          copy_prefix(from);
+          ptx::commit_async_copies();
+          ptx::wait_async_copies<0>();
+          __syncthreads();
+        }
+        prefix_products(from);
+        softmax.add(c[0], d[0], factor);
+      }
+      softmax.finish();
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        shift[half] = softmax.largest[half];
+        rest[half] = softmax.total[half];
+        prefix_delta[half] = softmax.weighted[half] / softmax.total[half];
+      }
+      if (slot_tiles > 1) {
+        __syncthreads();
+        copy_prefix(0);
+        ptx::commit_async_copies();
+        ptx::wait_async_copies<0>();
+        __syncthreads();
+        prefix_products(0);
+        if (has_rows && lane % 4 == 0) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float weight = ptx::exp2_fast((c[0][n][e] - prefix.largest[e / 2]) * factor) * part[e / 2];
-        c[0][n][e] = weight * (d[0][n][e] - prefix_delta[e / 2]);
+          for (int half = 0; half < 2; ++half) {
+            ptx::store_global(workspace.prefix_shift + statistics + 8 * half, shift[half]);
+            ptx::store_global(workspace.prefix_rest + statistics + 8 * half, rest[half]);
+            ptx::store_global(workspace.prefix_delta + statistics + 8 * half, prefix_delta[half]);
+          }
+        }
+      }
+    } else if (slots > slot) {
+      prefix_products(slot);
+#pragma unroll
+      for (int half = 0; half < 2 && has_rows; ++half) {
+        shift[half] = ptx::load_global(workspace.prefix_shift + statistics + 8 * half);
+        rest[half] = ptx::load_global(workspace.prefix_rest + statistics + 8 * half);
+        prefix_delta[half] = ptx::load_global(workspace.prefix_delta + statistics + 8 * half);
       }
     }
-    multiply_pb(dquery, c, prefix_key, 0);
+    // The words.
+    if (words && has_rows) {
+      const RowsOfWarp rows{
+          p, s, score_rule(p, b, head), b, head_kv, first_row + warp_row + lane / 4, {windows[0], windows[1]}, elementwise};
+      float delta[2], logsumexp[2];
+      bool few[2], from_keys[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        delta[half] = output.product(doutput, warp_row, half) - gate * prefix_delta[half];
+        few[half] = windows[half].end - windows[half].begin <= kFewKeys;
+        const int64_t at = statistic_row(p, s, b, head) + rows.row + 8 * half;
+        logsumexp[half] = there[half] ? ptx::load_global(static_cast<const float*>(p.logsumexp.data) + at) : -kInfinity;
+      }
+      if (p.mask.type != MaskType::kNone) find_few_keys(rows, there, few);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool any_key = logsumexp[half] != -kInfinity, fits = fabsf(delta[half]) < kInfinity;
+        const bool coarse = fabsf(logsumexp[half]) > kCoarseLogsumexp<T>;
+        from_keys[half] = there[half] && any_key && !s.bad_prefix && (few[half] || coarse || !fits);
+      }
+      RunningSoftmax softmax;
+      if (__any_sync(kAllLanes, from_keys[0] || from_keys[1])) {
+        softmax = softmax_of_words(rows, query, doutput, warp_row, from_keys);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (lane % 4 != 0) continue;
+        float word_shift = 0.0f, word_rest = 0.0f;
+        if (from_keys[half]) {
+          delta[half] = softmax.weighted[half] / softmax.total[half];
+          word_shift = softmax.largest[half];
+          word_rest = ptx::log2_fast(softmax.total[half]);
+          if (kIsHalf<T>) word_shift += word_rest / factor;
+        } else if (logsumexp[half] != -kInfinity) {
+          const double exact = logsumexp[half] * kLog2E;
+          word_shift = static_cast<float>(exact / factor);
+          word_rest = static_cast<float>(exact - static_cast<double>(word_shift) * factor);
+        }
+        ptx::store_global(workspace.shift + statistics + 8 * half, word_shift);
+        if (!kIsHalf<T>) ptx::store_global(workspace.rest + statistics + 8 * half, word_rest);
+        ptx::store_global(workspace.delta + statistics + 8 * half, there[half] ? delta[half] : 0.0f);
+      }
+      if (adds_dquery<T, kHeadDim>(p)) {
+        float* sums = workspace.dquery_fragment(b, head, first_row + warp_row, 0);
+        for (int i = 4 * lane; i < 16 * head_dim; i += 128) ptx::store_global(reinterpret_cast<float4*>(sums + i), float4{});
+      }
+    }
+    if (slots > slot) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (there[half] && lane % 4 == 0 && slot_tile == 0) dgate += prefix_delta[half];
+        const float part = there[half] ? gate / rest[half] : 0.0f;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            c[0][n][e] = there[half] ? ptx::exp2_fast((c[0][n][e] - shift[half]) * factor) * part : 0.0f;
+            d[0][n][e] = c[0][n][e] * (d[0][n][e] - prefix_delta[half]);
+          }
+        }
+      }
+      if (has_rows) {
+        store_tile(memory.weights(), warp_row, 0, c);
+        store_tile(memory.dscores(), warp_row, 0, d);
+      }
+      __syncthreads();
+      if (p.dquery.data != nullptr) {
+        constexpr int kChunk = 16 / sizeof(T), kChunks = kPrefixTile / kChunk;
+        T* dscores =
+            static_cast<T*>(workspace.dscores) + (workspace.row_of(b, head) + first_row) * slot_tiles * kPrefixTile + slot;
+        for (int i = thread; i < kRows * kChunks; i += kThreads) {
+          const int row = i / kChunks, at = i % kChunks;
+          ptx::store_global(reinterpret_cast<uint4*>(dscores + row * slot_tiles * kPrefixTile + at * kChunk),
+                            ptx::load_shared<uint4>(memory.dscores().chunk(row, at)));
+        }
+      }
+      if (p.dgate != nullptr) {
+        multiply_atb(dprefix_value, memory.weights(), 0, doutput, warp * kColumns);
+        multiply_atb(dprefix_key, memory.dscores(), 0, query, warp * kColumns);
+      }
+    }
+    if (Tiles::kStages == 1) {
+      __syncthreads();
+      if (tile + 1 < end_tile) copy_tile(tile + 1, 0);
+    }
   }
-  store_rows<kD>(workspace.dquery + statistics * head_dim, head_dim, first_row + warp_row, s.queries, dquery[0],
-                 s.bad_prefix ? gate : 1.0f, 0, head_dim);
+  ptx::commit_async_copies();
+  ptx::wait_async_copies<0>();
+
+  if (p.dgate == nullptr || slots == 0) return;  // nobody reads the partial sums of a sequence without a prefix
+  const int64_t partial = (static_cast<int64_t>(outer) * p.heads_q + head) * grid.chunks + chunk;
+  const int64_t size = p.prefix_length * p.head_dim;
+  float* sums = workspace.dprefix + partial * 2 * size;
+  store_rows<kColumns / 8>(sums, head_dim, slot, slots, dprefix_key[0], static_cast<float>(p.scale), warp * kColumns, head_dim,
+                           slots);
+  store_rows<kColumns / 8>(sums + size, head_dim, slot, slots, dprefix_value[0], 1.0f, warp * kColumns, head_dim, slots);
+  if (slot_tile > 0) return;
+  // In a fixed order: lanes, then warps.
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) dgate += __shfl_xor_sync(kAllLanes, dgate, lanes);
+  if (lane == 0) ptx::store_shared(memory.sum_of(warp), dgate);
+  __syncthreads();
+  if (thread == 0) {
+    float sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) sum += ptx::load_shared<float>(memory.sum_of(w));
+    ptx::store_global(workspace.dgate + partial, sum);
+  }
 }
 
 }  // namespace lak::sm80

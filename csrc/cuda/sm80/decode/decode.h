@@ -1,15 +1,23 @@
-// Decode: few new queries against a long cache. The keys of each sequence are split over blocks; the query heads of a group
-// and the few queries fill the 16 rows of a matrix tile together, so that K and V are read once for all of them.
+// Decode: few new queries against a long cache. The keys of each sequence are
+// split over blocks; the query heads of a group and the few queries fill the 16
+// rows of a matrix tile together, so that K and V are read once for all of
+// them.
 //
-// Each of a block's four warps streams its own keys, 16 at a time, through its own ring of shared memory: no barrier of the
-// block in the loop, only cp.async and __syncwarp. At the end the warps' partial results are merged in shared memory and
-// written as (maximum, sum, output) of the split; combine.h adds the splits and the prefix.
+// Each of a block's four warps streams its own keys, 16 at a time, through its
+// own ring of shared memory: no barrier of the block in the loop, only cp.async
+// and __syncwarp. The prefix is one more tile of the first warp of the first
+// split. At the end the warps' partial results are merged in shared memory. Of
+// a single split that is the output; else (maximum, sum, output) of each split
+// and the prefix's part are written for combine.h to add.
 //
-// Shared memory: Q [16, D], then per warp kStages x (K [16, D], V [16, D]). The merge reuses the rings.
+// Shared memory: Q [16, D], then per warp kStages x (K [16, D], V [16, D]). The
+// merge reuses all rings but the first; that ends as the prefix's part [16, D]
+// in float32.
 #pragma once
 
 #include "sm80/decode/workspace.h"
 #include "sm80/scores.h"
+#include "sm80/softmax.h"
 
 namespace lak::sm80 {
 
@@ -20,9 +28,64 @@ struct DecodeMemory {
   static constexpr int kRing = kStages * 2 * Tile::kBytes;
   // Merge: per warp 16 maxima, 16 sums, [16, D] float32 outputs.
   static constexpr int kMergeBytes = kWarpsHere * kDecodeRows * (2 + kHeadDim) * 4;
-  static constexpr int kRingsBytes = kWarpsHere * kRing > kMergeBytes ? kWarpsHere * kRing : kMergeBytes;
+  static constexpr int kRingsBytes = kRing + ((kWarpsHere - 1) * kRing > kMergeBytes ? (kWarpsHere - 1) * kRing : kMergeBytes);
+  static_assert(kDecodeRows * kHeadDim * 4 <= kRing, "the prefix's part takes the place of a ring");
   static constexpr int kBytes = Tile::kBytes + kRingsBytes;
 };
+
+// gate softmax(scale Q Kp^T) Vp for the 16 rows, by one warp: float32 [16, D]
+// at `to`, which may be where its tiles are.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void decode_prefix(const ZeroGateParams& p, const Sequence& s, int head_kv, int first_row,
+                                              SharedTile<T, kDecodeRows, kHeadDim> query,
+                                              SharedTile<T, kDecodeRows, kHeadDim> key,
+                                              SharedTile<T, kDecodeRows, kHeadDim> value, uint32_t to) {
+  constexpr int kD = kHeadDim / 8;
+  const int lane = lane_id(), head_dim = static_cast<int>(p.head_dim), group = static_cast<int>(p.heads_q / p.heads_kv);
+  const float scale_log2 = score_rule(p, 0, 0).scale_log2;
+  using Tile = SharedTile<T, kDecodeRows, kHeadDim>;
+  const auto copy = [&](const Tile& tile, const TensorView& from, int slot) {
+    const T* rows = head_pointer<const T>(from, s.prefix, head_kv, 0);
+    for (int index = lane; index < kDecodeRows * Tile::kChunks; index += 32) {
+      const int r = index / Tile::kChunks, c = index % Tile::kChunks;
+      const bool valid = slot + r < s.slots && c * Tile::kChunk < head_dim;
+      ptx::copy_async_16(tile.chunk(r, c), valid ? rows + (slot + r) * from.stride_row + c * Tile::kChunk : rows, valid);
+    }
+  };
+  float output[1][kD][4], largest[1][2] = {{-kInfinity, -kInfinity}}, total[1][2] = {};
+  set_zero(output);
+  for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
+    __syncwarp(); // every lane is done with the tiles
+    copy(key, p.prefix_key, slot);
+    copy(value, p.prefix_value, slot);
+    ptx::commit_async_copies();
+    ptx::wait_async_copies<0>();
+    __syncwarp();
+    float c[1][2][4];
+    set_zero(c);
+    multiply_abt(c, query, 0, key, 0);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        c[0][n][e] = slot + 8 * n + lane % 4 * 2 + e % 2 < s.slots ? c[0][n][e] * scale_log2 : -kInfinity;
+      }
+    }
+    softmax_step(c, largest, total, output, 1.0f);
+    multiply_pb(output, c, value, 0);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    const float factor = gate_of(p, s, head_kv * group + (first_row + row) % group) / row_sum(total[0][half]);
+#pragma unroll
+    for (int n = 0; n < kD; ++n) {
+      ptx::store_shared(to + (row * kHeadDim + 8 * n + lane % 4 * 2) * 4,
+                        float2{output[0][n][2 * half] * factor, output[0][n][2 * half + 1] * factor});
+    }
+  }
+}
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
@@ -32,16 +95,17 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   constexpr int kD = kHeadDim / 8, kStages = Memory::kStages, kWarpsHere = Memory::kWarpsHere;
   const uint32_t base = ptx::dynamic_shared_memory();
   const int split = static_cast<int>(blockIdx.x % splits);
-  const int tile = static_cast<int>(blockIdx.x / splits);  // of (sequence, kv head, rows)
+  const int tile = static_cast<int>(blockIdx.x / splits); // of (sequence, kv head, rows)
   const int row_tile = tile % row_tiles;
   const int head_kv = tile / row_tiles % static_cast<int>(p.heads_kv);
   const int b = tile / row_tiles / static_cast<int>(p.heads_kv);
   const int group = static_cast<int>(p.heads_q / p.heads_kv), head_dim = static_cast<int>(p.head_dim);
   const Sequence s = sequence_of(p, b);
   const int lane = lane_id(), warp = warp_id();
-  const int rows = s.queries * group;  // row = query * group + head in the group
+  const int rows = s.queries * group; // row = query * group + head in the group
 
-  // The window is split evenly whatever the length of the cache's memory, in units of what the block takes at a time.
+  // The window is split evenly whatever the length of the cache's memory, in
+  // units of what the block takes at a time.
   constexpr int kUnit = kWarpsHere * kDecodeKeys;
   const int units = (higher(s.key_end - s.key_begin, 0) + kUnit - 1) / kUnit;
   const int per_split = (units + splits - 1) / splits;
@@ -79,7 +143,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy(stage, start + stage * kUnit);
   ptx::wait_async_copies<kStages>();
-  __syncthreads();  // Q
+  __syncthreads(); // Q
 
   const ScoreRule rule = score_rule(p, b, 0);
   float output[1][kD][4], largest[2] = {-kInfinity, -kInfinity}, total[2] = {0.0f, 0.0f};
@@ -125,7 +189,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
       }
     }
     multiply_pb(output, c, ring(stage, 1), 0);
-    __syncwarp();  // every lane is done with this stage
+    __syncwarp(); // every lane is done with this stage
     copy(stage, at + kStages * kUnit);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
@@ -133,7 +197,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   __syncthreads();
 
   // Merge the warps: float32 [warp][row] of maxima, sums and outputs.
-  const uint32_t maxima = base + Tile::kBytes, sums = maxima + kWarpsHere * kDecodeRows * 4,
+  const uint32_t prefix = base + Tile::kBytes, maxima = prefix + Memory::kRing, sums = maxima + kWarpsHere * kDecodeRows * 4,
                  outputs = sums + kWarpsHere * kDecodeRows * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -149,27 +213,46 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
                         float2{output[0][n][2 * half], output[0][n][2 * half + 1]});
     }
   }
+  const bool has_prefix = split == 0 && s.slots > 0;
+  if (has_prefix && warp == 0) {
+    decode_prefix<T, kHeadDim>(p, s, head_kv, row_tile * kDecodeRows, query, ring(0, 0), ring(0, 1), prefix);
+  }
   __syncthreads();
   const DecodePartials partials(p, splits, row_tiles);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
-  for (int index = threadIdx.x; index < kDecodeRows * head_dim; index += 32 * kWarpsHere) {
-    const int row = index / head_dim, column = index % head_dim;
+  for (int index = threadIdx.x * 2; index < kDecodeRows * head_dim; index += 64 * kWarpsHere) {
+    const int r = index / head_dim, column = index % head_dim, row = row_tile * kDecodeRows + r;
     float most = -kInfinity;
-    for (int w = 0; w < kWarpsHere; ++w) most = fmaxf(most, ptx::load_shared<float>(maxima + (w * kDecodeRows + row) * 4));
+    for (int w = 0; w < kWarpsHere; ++w) most = fmaxf(most, ptx::load_shared<float>(maxima + (w * kDecodeRows + r) * 4));
     const float shift = most == -kInfinity ? 0.0f : most;
-    float sum = 0.0f, value_sum = 0.0f;
+    float sum = 0.0f;
+    float2 values{0.0f, 0.0f}, gated{0.0f, 0.0f};
     for (int w = 0; w < kWarpsHere; ++w) {
-      const int at = w * kDecodeRows + row;
+      const int at = w * kDecodeRows + r;
       const float weight = ptx::exp2_fast(ptx::load_shared<float>(maxima + at * 4) - shift);
+      const float2 part = ptx::load_shared<float2>(outputs + (at * kHeadDim + column) * 4);
       sum = fmaf(weight, ptx::load_shared<float>(sums + at * 4), sum);
-      value_sum = fmaf(weight, ptx::load_shared<float>(outputs + (at * kHeadDim + column) * 4), value_sum);
+      values.x = fmaf(weight, part.x, values.x);
+      values.y = fmaf(weight, part.y, values.y);
     }
-    ptx::store_global(partials.output + first * head_dim + index, value_sum);
-    if (column == 0) {
-      ptx::store_global(partials.largest + first + row, most);
-      ptx::store_global(partials.total + first + row, sum);
+    if (has_prefix) gated = ptx::load_shared<float2>(prefix + (r * kHeadDim + column) * 4);
+    if (splits > 1) {
+      ptx::store_global(reinterpret_cast<float2*>(partials.output + first * head_dim + index), values);
+      if (has_prefix) {
+        const int64_t to = static_cast<int64_t>(tile) * kDecodeRows * head_dim + index;
+        ptx::store_global(reinterpret_cast<float2*>(partials.prefix + to), gated);
+      }
+      if (column == 0) {
+        ptx::store_global(partials.largest + first + r, most);
+        ptx::store_global(partials.total + first + r, sum);
+      }
+    } else if (row < rows) {
+      const int head = head_kv * group + row % group;
+      const float factor = sum > 0.0f ? 1.0f / sum : 0.0f, bad = s.bad_prefix ? gate_of(p, s, head) : 1.0f;
+      store_pair(head_pointer<T>(p.output, b, head, row / group) + column, (values.x * factor + gated.x) * bad,
+                 (values.y * factor + gated.y) * bad);
     }
   }
 }
 
-}  // namespace lak::sm80
+} // namespace lak::sm80

@@ -15,8 +15,8 @@ int launch_decode(const ZeroGateParams& p, cudaStream_t stream) {
   const int splits = static_cast<int>(grid.splits), row_tiles = static_cast<int>(grid.row_tiles);
   const int code = launch<decode_kernel<T, kHeadDim>, DecodeMemory<T, kHeadDim>::kBytes>(
       grid.blocks(p), 32 * kDecodeWarps<T, kHeadDim>, stream, p, splits, row_tiles);
-  if (code != kLakSuccess) return code;
+  if (code != kLakSuccess || splits == 1) return code;
   return launch<combine_kernel<T, kHeadDim>>(ceil_div(rows, kWarps), kThreads, stream, p, splits, row_tiles);
 }
 
-}  // namespace lak::sm80
+} // namespace lak::sm80

@@ -1,4 +1,5 @@
-// How decode splits the keys of the cache, and where the splits' partial results lie.
+// How decode splits the keys of the cache, and where the splits' partial
+// results lie.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,11 +12,13 @@ namespace lak::sm80 {
 
 constexpr int kDecodeRows = 16, kDecodeKeys = 16;
 
-// The grid of decode: rows of the group's heads and the new queries together, in tiles of 16, times splits of the keys.
+// The grid of decode: rows of the group's heads and the new queries together,
+// in tiles of 16, times splits of the keys.
 struct DecodeSplits {
   int64_t row_tiles, splits;
 
-  // As many splits as fill the current device about twice, none of them shorter than 256 keys of the cache's memory.
+  // As many splits as fill the current device about twice, none of them shorter
+  // than 256 keys of the cache's memory.
   explicit DecodeSplits(const ZeroGateParams& p) : row_tiles(ceil(p.seq_q * (p.heads_q / p.heads_kv), kDecodeRows)), splits(1) {
     int device = 0, multiprocessors = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
@@ -33,20 +36,22 @@ struct DecodeSplits {
   static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
-// In the workspace, float32: output [tiles, splits, 16, D], then maximum and sum [tiles, splits, 16] each; a tile is
+// In the workspace, float32: output [tiles, splits, 16, D], the prefix's part
+// [tiles, 16, D], then maximum and sum [tiles, splits, 16] each; a tile is
 // (sequence, kv head, 16 rows of queries and heads).
 struct DecodePartials {
-  float *output, *largest, *total;
+  float *output, *prefix, *largest, *total;
   int64_t bytes;
 
   // With a null base the pointers mean nothing, but `bytes` does.
   __host__ __device__ DecodePartials(const ZeroGateParams& p, int64_t splits, int64_t row_tiles) {
     const int64_t rows = p.batch * p.heads_kv * row_tiles * splits * kDecodeRows;
     output = static_cast<float*>(p.workspace);
-    largest = output + rows * p.head_dim;
+    prefix = output + rows * p.head_dim;
+    largest = prefix + rows / splits * p.head_dim;
     total = largest + rows;
-    bytes = rows * (p.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+    bytes = (rows * (p.head_dim + 2) + rows / splits * p.head_dim) * static_cast<int64_t>(sizeof(float));
   }
 };
 
-}  // namespace lak::sm80
+} // namespace lak::sm80

@@ -1,0 +1,89 @@
+"""What the CUDA kernels cost, counted by the emulator: blocks without work, bytes of global memory, matrix operands.
+
+N is one [T, H, D] tensor. A byte counts once for each launch that reads or writes it: what memory moves where the cache
+holds what the blocks in flight share, and nothing from launch to launch.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from llama_adapter_kernels.bench.lengths import alpaca_lengths
+from llama_adapter_kernels.testing import Case, Problem, make_problem
+from tests.support.emulated import EmulatedProblem
+
+TOKENS = 8192
+
+
+def alpaca_lengths_of(tokens: int) -> tuple[tuple[int, int], ...]:
+    """Sequences as they come, until the next would not fit."""
+    lengths: list[tuple[int, int]] = []
+    for length in alpaca_lengths(200):
+        if sum(n for n, _ in lengths) + length > tokens:
+            break
+        lengths.append((length, length))
+    return tuple(lengths)
+
+
+def packed(heads: int, head_dim: int) -> Problem:
+    case = Case(heads_q=heads, heads_kv=heads, head_dim=head_dim, lengths=alpaca_lengths_of(TOKENS))
+    return make_problem(case, torch.bfloat16)
+
+
+def test_packed_alpaca_batch(emulator: ModuleType) -> None:
+    """At 8192 tokens: at least 97% of the blocks have work and of their rows are used, forward 4.2 N and backward 11 N."""
+    problem = packed(heads=1, head_dim=128)
+    query = problem.tensors["query"]
+    assert query is not None
+    tokens, size = query.shape[0], query.numel() * query.element_size()
+    run = EmulatedProblem(emulator, problem)
+    emulator.counts(), emulator.traffic(), emulator.blocks()
+
+    run.forward()
+    moved = emulator.traffic()
+    assert sum(read + written for _, read, written in moved.values()) <= 4.2 * size
+    ((launched, idle),) = emulator.blocks().values()
+    assert idle <= 0.03 * launched
+    assert tokens >= 0.97 * 128 * (launched - idle)
+
+    run.backward()
+    moved = emulator.traffic()
+    # A block of the only head takes one tile of rows, so that there are blocks enough, and leaves a partial sum of the
+    # prefix's gradients for it, which is written and read once. Of 32 heads a block takes sixteen tiles.
+    partial = 2 * (partial_sums(run, heads=1) - partial_sums(run, heads=32) / 32)
+    assert sum(read + written for _, read, written in moved.values()) - partial <= 11 * size, moved
+    blocks = emulator.blocks()
+    for kernel, (launched, idle) in blocks.items():
+        assert idle <= 0.03 * launched, kernel
+    launched, idle = blocks["backward_words_kernel"]
+    assert tokens >= 0.97 * 64 * (launched - idle)
+    assert emulator.counts()["reductions"] == 0, "no gradient depends on the order of blocks"
+
+
+def partial_sums(run: EmulatedProblem, heads: int, **sizes: int) -> int:
+    """Bytes of workspace that the gradients of a shared prefix take."""
+    some = run.params["query"]
+    params = run.params | {"heads_q": heads, "heads_kv": heads, "dquery": some, "dkey": some, "dvalue": some} | sizes
+    without = run.emulator.backward_workspace({name: value for name, value in params.items() if name != "dgate"})
+    return int(run.emulator.backward_workspace(params | {"dgate": some[0]})) - int(without)
+
+
+def test_partial_sums_of_the_prefix(emulator: ModuleType) -> None:
+    """One for a head and a thousand tokens: under 3 MB at B 64, T 8192, H 32, D 128, P 10."""
+    case = Case(heads_q=1, heads_kv=1, head_dim=128, lengths=((16, 16), (16, 16)))
+    run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+    sizes = {"batch": 64, "total_q": 8192, "total_k": 8192, "seq_q": 512, "seq_k": 512}
+    assert 0 < partial_sums(run, heads=32, **sizes) < 3e6
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_reductions_fill_whole_sectors(emulator: ModuleType, head_dim: int) -> None:
+    case = Case(batch=1, heads_q=1, heads_kv=1, seq_q=128, seq_k=800, head_dim=head_dim, is_causal=False)
+    run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+    run.forward()
+    emulator.counts()
+    run.backward()
+    counts = emulator.counts()
+    assert counts["reductions"] == 8 * counts["reduction_sectors"], "8 floats a sector"
+    assert counts["ldmatrix"] <= 0.48 * counts["mma"], "operands read from shared memory for each matrix product"

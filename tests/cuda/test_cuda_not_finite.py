@@ -1,0 +1,80 @@
+"""Packed sequences share tiles of the CUDA kernels, but not what is not finite in one of them."""
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter_kernels.testing import Problem, make_problem
+from tests.cuda.test_cuda_edges import SMALL, everything, int32
+
+LENGTHS = ((40, 40), (30, 30), (3, 3), (75, 75), (10, 10))
+BAD = 3  # crosses a tile of keys and one of rows, and has neighbours in both
+ROWS = slice(73, 148)  # its tokens
+
+
+def poisoned(problem: Problem, which: str, value: float) -> None:
+    tensor = problem.doutput if which == "doutput" else problem.tensors[which]
+    assert tensor is not None
+    tensor.data[ROWS.start + 1, :, 3] = value
+    tensor.data[ROWS.stop - 2, :, 5] = value
+
+
+def neighbours(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor[: ROWS.start], tensor[ROWS.stop :]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("which", ["query", "key", "value", "doutput"])
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        (torch.bfloat16, replace(SMALL, heads_q=2, heads_kv=2)),
+        (torch.bfloat16, replace(SMALL, heads_q=2, heads_kv=1, prefix_length=20, is_causal=False)),
+        (torch.float16, replace(SMALL, heads_q=1, heads_kv=1, head_dim=128)),
+        (torch.float32, replace(SMALL, heads_q=2, heads_kv=1)),
+    ],
+    ids=["own heads", "a group, long prefix, not causal", "head_dim 128", "float32"],
+)
+def test_a_sequence_keeps_it_to_itself(
+    emulator: ModuleType, dtype: torch.dtype, case: object, which: str, value: float
+) -> None:
+    problem = make_problem(replace(case, lengths=LENGTHS), dtype)  # type: ignore[type-var]
+    clean = everything(emulator, problem)
+    poisoned(problem, which, value)
+    results = everything(emulator, problem)
+    bad = ["output", "dquery", "dkey", "dvalue"] if which != "doutput" else ["dquery", "dkey", "dvalue"]
+    for name in ("output", "dquery", "dkey", "dvalue"):
+        expected, result = neighbours(clean[name]), neighbours(results[name])
+        assert result.isfinite().all(), name
+        # What the tile is computed again for may be added in another order.
+        torch.testing.assert_close(result, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
+    assert any(not results[name][ROWS].isfinite().all() for name in bad), "else this test shows nothing"
+    torch.testing.assert_close(neighbours(results["logsumexp"].T), neighbours(clean["logsumexp"].T))
+
+
+def test_rows_that_see_few_keys(emulator: ModuleType) -> None:
+    """Their statistics come from the keys again, sixteen rows at a time."""
+    problem = make_problem(replace(SMALL, lengths=((2, 2), (3, 3), (4, 4))), torch.bfloat16)
+    clean = everything(emulator, problem)
+    for which in ("key", "value"):
+        tensor = problem.tensors[which]
+        assert tensor is not None
+        tensor.data[2:5] = torch.nan
+    results = everything(emulator, problem)
+    for name in ("output", "dquery", "dkey", "dvalue"):
+        for rows in (slice(0, 2), slice(5, 9)):
+            torch.testing.assert_close(results[name][rows], clean[name][rows], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("offsets", [(0, 30, 20, 50), (0, 60, 10, 10), (5, 5, 5, 5)], ids=str)
+def test_offsets_that_lie_are_no_endless_loop(emulator: ModuleType, offsets: tuple[int, ...]) -> None:
+    problem = make_problem(replace(SMALL, lengths=((20, 20), (20, 20), (20, 20))), torch.bfloat16)
+    for which in ("cu_seqlens_q", "cu_seqlens_k"):
+        problem.arguments[which] = int32(*offsets)
+    tensor = problem.tensors["value"]
+    assert tensor is not None
+    tensor.data[25] = torch.nan
+    everything(emulator, problem)

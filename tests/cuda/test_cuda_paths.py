@@ -1,0 +1,98 @@
+"""Each path of the CUDA launchers in the emulator: long sequences, cards with little shared memory, token tiles."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from llama_adapter_kernels.bench.lengths import alpaca_lengths
+from llama_adapter_kernels.testing import Case, make_problem
+from tests.cuda.test_cuda_edges import SMALL, assert_within_rule, everything, int32
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[80, 86], ids=["A100", "100 KiB a multiprocessor"])
+def card(emulator: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    emulator.set_device(request.param)
+    yield emulator
+    emulator.set_device()
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
+def test_long_sequences_add_dquery_across_blocks(card: ModuleType, head_dim: int) -> None:
+    case = replace(SMALL, head_dim=head_dim, seq_q=70, seq_k=800, is_causal=head_dim % 64 == 0)
+    card.counts()
+    assert_within_rule(card, make_problem(case, HALF[head_dim // 8 % 2]))
+    assert card.counts()["reductions"] > 0
+
+
+LONG_PACKED = {  # lengths, the prefix, whether dQ is added across blocks: not of token tiles
+    "one long sequence, table": (((5, 5), (60, 800), (0, 3), (33, 33), (7, 0)), "table", True),
+    "one long sequence, shared": (((5, 5), (60, 800), (0, 3), (33, 33), (7, 0)), "shared", False),
+    "long on average, shared": (((40, 900), (3, 700)), "shared", True),
+}
+
+
+@pytest.mark.parametrize("name", list(LONG_PACKED))
+def test_long_packed_sequences(card: ModuleType, name: str) -> None:
+    lengths, prefix, adds = LONG_PACKED[name]
+    problem = make_problem(replace(SMALL, lengths=lengths, prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
+    card.counts()
+    assert_within_rule(card, problem)
+    assert (card.counts()["reductions"] > 0) == adds
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_long_masked_sequences(emulator: ModuleType, mask: str) -> None:
+    case = replace(SMALL, seq_q=20, seq_k=780, mask=mask, is_causal=False)  # type: ignore[arg-type]
+    assert_within_rule(emulator, make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", [replace(SMALL, head_dim=128, seq_q=150, seq_k=150),
+                                  replace(SMALL, head_dim=128, seq_q=20, seq_k=40, prefix_length=33)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_forward_on_every_card(card: ModuleType, case: Case) -> None:
+    assert_within_rule(card, make_problem(case, torch.bfloat16))
+
+
+PACKED = {
+    "self attention": (tuple((n, n) for n in (1, 63, 2, 64, 130, 1, 5)), True),
+    "not causal": (tuple((n, n) for n in (40, 1, 90)), False),
+    "other keys": (((3, 70), (80, 5), (1, 0), (0, 9), (64, 64)), True),
+    "other keys, not causal": (((70, 3), (2, 100), (9, 0)), False),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(PACKED))
+def test_token_tiles(emulator: ModuleType, name: str, dtype: torch.dtype, deterministic: bool) -> None:
+    """Sequences that begin and end anywhere in a tile."""
+    lengths, is_causal = PACKED[name]
+    case = replace(SMALL, heads_q=4, heads_kv=2, lengths=lengths, is_causal=is_causal)
+    assert_within_rule(emulator, make_problem(case, dtype), deterministic=deterministic)
+
+
+def test_token_tiles_of_alpaca_lengths(emulator: ModuleType) -> None:
+    lengths = tuple((n, n) for n in alpaca_lengths(4))
+    assert_within_rule(emulator, make_problem(replace(SMALL, heads_q=1, lengths=lengths), torch.bfloat16), seed=2)
+
+
+def test_token_tiles_equal_the_path_of_single_sequences(emulator: ModuleType) -> None:
+    """The same prefix as the only entry of a table: bits may differ, within the rule of both."""
+    problem = make_problem(replace(SMALL, lengths=((5, 5), (80, 80), (1, 1))), torch.bfloat16)
+    tiled = everything(emulator, problem)
+    problem.arguments["prefix_index"] = int32(0, 0, 0)
+    single = everything(emulator, problem)
+    assert torch.equal(tiled.pop("logsumexp").isfinite(), single.pop("logsumexp").isfinite())
+    for name, result in tiled.items():
+        torch.testing.assert_close(result, single[name], rtol=2e-2, atol=2e-2 * single[name].abs().max().item())
+
+
+def test_a_packed_batch_without_tokens(emulator: ModuleType) -> None:
+    results = everything(emulator, make_problem(replace(SMALL, lengths=((0, 0), (0, 0))), torch.bfloat16))
+    for name in ("dprefix_key", "dprefix_value", "dgate"):
+        assert (results[name] == 0).all(), name
