@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo demo-image demo-sound demo-real test test-cuda-torch sanitize mutants-cpu lint format docs wheel clean \
+.PHONY: help install demo demo-image demo-sound demo-real test test-cuda-torch sanitize mutants-cpu mutants-cuda lint format docs wheel clean \
     bench bench-check bench-training quality quality-report
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-cuda-torch  what a real CUDA build of torch shows without a GPU (an environment of 5.5 GB)"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
+	@echo "make mutants-cuda  the same for the CUDA kernels, run by the emulator: no GPU needed"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make bench-training  fine-tuning beside HF Trainer with PEFT, TRL and LitGPT (10 minutes; downloads a model of 93 MB)"
@@ -107,6 +108,10 @@ test-cuda-torch: install
 # One fault after the other is put into the CPU kernels; exit status 1 where the tests do not notice one (half an hour or so).
 mutants-cpu: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cpu
+
+# The same for the CUDA kernels (an hour or so).
+mutants-cuda: $(VENV)/environment.stamp
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cuda
 
 # The main cases and contestants; `llama-adapter bench` runs all, in half an hour or so. The report is written even where a
 # contestant was wrong; the exit status tells.
