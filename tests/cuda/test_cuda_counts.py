@@ -87,3 +87,17 @@ def test_reductions_fill_whole_sectors(emulator: ModuleType, head_dim: int) -> N
     counts = emulator.counts()
     assert counts["reductions"] == 8 * counts["reduction_sectors"], "8 floats a sector"
     assert counts["ldmatrix"] <= 0.48 * counts["mma"], "operands read from shared memory for each matrix product"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bank_conflicts(emulator: ModuleType, head_dim: int) -> None:
+    """Tiles are permuted so that neither copies nor operands nor results of products meet in a bank."""
+    case = Case(batch=1, heads_q=1, heads_kv=1, seq_q=70, seq_k=130, head_dim=head_dim, is_causal=False)
+    run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+    emulator.counts()
+    emulator.count_banks(True)
+    for launch in (run.forward, run.backward):
+        launch()
+        counts = emulator.counts()
+        assert counts["bank_conflicts"] <= 0.02 * counts["wavefronts"], counts
+    emulator.count_banks(False)

@@ -93,6 +93,19 @@ __global__ void named_barriers(float* out) {
   if (half == 1) ptx::store_global(out + lane, ptx::load_shared<float>(base + (lane + 1) % 64 * 4));
 }
 
+// Two warps write, two others read: one barrier for all four orders them, one for each pair does not. A fifth warp takes no part.
+template <bool kTogether>
+__global__ void named_producers(float* out) {
+  const unsigned pair = threadIdx.x / 64, lane = threadIdx.x % 64, base = ptx::dynamic_shared_memory();
+  if (pair == 2) return;
+  for (int round = 0; round < 2; ++round) {
+    if (pair == 0) ptx::store_shared(base + lane * 4, static_cast<float>(lane));
+    ptx::named_barrier(kTogether ? 1 : 1 + pair, kTogether ? 128 : 64);
+    if (pair == 1) ptx::store_global(out + lane, ptx::load_shared<float>(base + (lane + 1) % 64 * 4));
+    ptx::named_barrier(kTogether ? 3 : 3 + pair, kTogether ? 128 : 64);
+  }
+}
+
 __global__ void named_barrier_too_small(float* out) {
   const unsigned warp = threadIdx.x / 32;
   ptx::named_barrier(1, warp == 0 ? 64 : 96);
@@ -139,6 +152,13 @@ __global__ void blocks_take_turns(float* out) {
 // The shared memory that nobody wrote is NaN.
 __global__ void uninitialised(float* out) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(ptx::dynamic_shared_memory() + threadIdx.x * 4));
+}
+
+// Each lane of a warp writes four bytes, kStride words from its neighbour's.
+template <int kStride>
+__global__ void strided(float* out) {
+  ptx::store_shared(ptx::dynamic_shared_memory() + threadIdx.x * kStride * 4, 1.0f);
+  ptx::store_global(out + threadIdx.x, 1.0f);
 }
 
 // 1024 threads and a sum over all of them.
@@ -206,9 +226,13 @@ void run_fault(const std::string& name, uint64_t memory) {
   LAK_KERNEL("divergent_barrier", divergent_barrier, 1, kBlock, 0)
   LAK_KERNEL("two_barriers", two_barriers, 1, kBlock, 0)
   LAK_KERNEL("named_barriers", named_barriers, 1, 128, 512)
+  LAK_KERNEL("named_producers", named_producers<true>, 1, 160, 256)
+  LAK_KERNEL("producers_apart", named_producers<false>, 1, 160, 256)
   LAK_KERNEL("named_barrier_too_small", named_barrier_too_small, 1, 96, 0)
   LAK_KERNEL("divergent_shuffle", divergent_shuffle, 1, 32, 0)
   LAK_KERNEL("uninitialised", uninitialised, 1, kBlock, 256)
+  LAK_KERNEL("stride_1", strided<1>, 1, 32, 4096)
+  LAK_KERNEL("stride_8", strided<8>, 1, 32, 4096)
   LAK_KERNEL("many_threads", many_threads, 2, 1024, 0)
   LAK_KERNEL("matrix_round_trip", matrix_round_trip, 1, 32, 1024)
 #undef LAK_KERNEL

@@ -16,6 +16,7 @@ namespace {
 thread_local Block* active = nullptr;
 uint64_t current_seed = 0;
 Counts current_counts;
+bool counting_banks = false;
 constexpr uint64_t kSectorBytes = 32, kMostCounted = uint64_t{1} << 32;
 
 // forward_kernel of "... kKernel = lak::sm80::forward_kernel<...>; ..."
@@ -87,6 +88,7 @@ Block& active_block() {
 }
 Block* active_block_or_null() { return active; }
 Counts& counts() { return current_counts; }
+void count_banks(bool on) { counting_banks = on; }
 void set_seed(uint64_t seed) { current_seed = seed; }
 
 Block::Block(const Launch& launch, uint64_t number, uint64_t seed, unsigned slot)
@@ -98,6 +100,7 @@ Block::Block(const Launch& launch, uint64_t number, uint64_t seed, unsigned slot
   warp_epochs_.assign((count + 31) / 32, 1);
   barriers_.resize(16);
   reductions_.resize((count + 31) / 32);
+  shared_accesses_.resize((count + 31) / 32);
   shared_.assign(launch.shared_bytes, 0xff);  // NaN in every floating-point type
   words_.resize((launch.shared_bytes + 3) / 4);
   alive_ = count;
@@ -118,7 +121,7 @@ void Block::enter(void* argument) {
   block.launch_.body();
   block.check_landed(thread);
   thread.finished = true;
-  --block.alive_;
+  if (--block.alive_ == 0) block.sum_banks();
   switch_fiber(thread.fiber, block.scheduler_);
 }
 
@@ -224,13 +227,11 @@ void Block::barrier(unsigned id, unsigned count, Where where) {
     return;
   }
   ++current_counts.barriers;
-  if (count == threads_.size()) {
-    votes_[++epoch_ % 2] = false;  // those of the epoch before were read ahead of this barrier
-  } else {
-    partial_barriers_used_ = true;
-  }
   std::vector<unsigned> waiting;
   waiting.swap(barrier.waiting);
+  if (count != threads_.size() && clocks_.empty()) begin_clocks();
+  if (!clocks_.empty()) join_clocks(waiting);
+  if (count == threads_.size()) votes_[++epoch_ % 2] = false;  // those of the epoch before were read ahead of this barrier
   for (unsigned number : waiting) {
     if (number != current_->number) wake(number);
   }
@@ -271,10 +272,33 @@ void Block::collective(const char* instruction, uint32_t mask, void* arguments, 
 }
 
 void Block::warp_sync(uint32_t mask, Where where) {
-  collective("__syncwarp", mask, nullptr, [](void**) {
+  collective("__syncwarp", mask, current_, [](void** lanes) {
     Block& block = *active;
     ++block.warp_epochs_[block.current_->warp];
+    if (block.clocks_.empty()) return;
+    std::vector<unsigned> threads;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (lanes[lane] != nullptr) threads.push_back(static_cast<Thread*>(lanes[lane])->number);
+    }
+    block.join_clocks(threads);
   }, where);
+}
+
+// Until now every thread is ordered after the others' accesses of all epochs but this one.
+void Block::begin_clocks() {
+  clocks_.assign(threads_.size(), std::vector<uint32_t>(threads_.size(), epoch_ - 1));
+  for (size_t n = 0; n < threads_.size(); ++n) clocks_[n][n] = epoch_;
+}
+
+void Block::join_clocks(const std::vector<unsigned>& threads) {
+  std::vector<uint32_t> joined(threads_.size(), 0);
+  for (unsigned thread : threads) {
+    for (size_t n = 0; n < joined.size(); ++n) joined[n] = std::max(joined[n], clocks_[thread][n]);
+  }
+  for (unsigned thread : threads) {
+    clocks_[thread] = joined;
+    ++clocks_[thread][thread];
+  }
 }
 
 uint8_t* Block::shared(uint32_t address, uint32_t bytes, const char* access, Where where) {
@@ -290,10 +314,19 @@ uint8_t* Block::shared(uint32_t address, uint32_t bytes, const char* access, Whe
 
 // True when an earlier access by `who` may happen at the same time as one by the current thread.
 bool Block::unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const {
-  if (epoch != epoch_ || partial_barriers_used_) return false;
-  if (who == kSeveralWarps) return true;
-  const bool several = (who & kSeveralInWarp) != 0;
+  const bool several = who == kSeveralWarps || (who & kSeveralInWarp) != 0;
   const unsigned warp = several ? who & ~kSeveralInWarp : who / 32;
+  if (!clocks_.empty()) {
+    for (const Thread& other : threads_) {
+      const bool meant = who == kSeveralWarps || (several ? other.warp == warp : other.number == who);
+      const bool synchronised = other.warp == current_->warp && warp_epoch != warp_epochs_[other.warp];
+      if (meant && other.number != current_->number && !synchronised && epoch > clocks_[current_->number][other.number])
+        return true;
+    }
+    return false;
+  }
+  if (epoch != epoch_) return false;
+  if (who == kSeveralWarps) return true;
   if (warp != current_->warp) return true;
   return (several || who != current_->number) && warp_epoch == warp_epochs_[warp];
 }
@@ -314,6 +347,10 @@ void Block::note_read(uint32_t address, uint32_t bytes, Where where) {
     if (word.copies_in_flight != 0) fail("read of shared memory before the wait for its cp.async", where);
     if (unordered(word.writer, word.write_epoch, word.write_warp_epoch)) {
       report_race("read after write", word.writer, a, where);
+    }
+    if (!clocks_.empty()) {
+      readers_[(a - kSharedBase) / 4][current_->number] = now();
+      continue;
     }
     uint16_t reader = current_->number;
     if (word.read_epoch == epoch_ && word.reader != reader) {
@@ -339,8 +376,16 @@ void Block::note_write(uint32_t address, uint32_t bytes, Where where) {
       report_race("write after write", word.writer, a, where);
     }
     if (unordered(word.reader, word.read_epoch, word.read_warp_epoch)) report_race("write after read", word.reader, a, where);
+    if (!clocks_.empty()) {
+      for (const auto& [reader, epoch] : readers_[(a - kSharedBase) / 4]) {
+        if (reader != current_->number && epoch > clocks_[current_->number][reader]) {
+          report_race("write after read", reader, a, where);
+        }
+      }
+      readers_.erase((a - kSharedBase) / 4);
+    }
     word.writer = current_->number;
-    word.write_epoch = epoch_;
+    word.write_epoch = now();
     word.write_warp_epoch = warp_epochs_[current_->warp];
   }
 }
@@ -348,12 +393,14 @@ void Block::note_write(uint32_t address, uint32_t bytes, Where where) {
 void Block::read_shared(uint32_t address, void* target, uint32_t bytes, Where where) {
   const uint8_t* data = shared(address, bytes, "read", where);
   note_read(address, bytes, where);
+  note_banks(address, bytes, where);
   std::memcpy(target, data, bytes);
 }
 
 void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, Where where) {
   uint8_t* data = shared(address, bytes, "write", where);
   note_write(address, bytes, where);
+  note_banks(address, bytes, where);
   std::memcpy(data, source, bytes);
 }
 
@@ -363,6 +410,7 @@ void Block::issue_copy(uint32_t target, const void* source, uint32_t bytes, Wher
   if (source != nullptr) check_global(source, bytes, Access::kRead, where);
   // It may land at any time from now on: whoever still reads there races with it.
   note_write(target, bytes, where);
+  note_banks(target, bytes, where);
   for (uint32_t a = target; a < target + bytes; a += 4) ++words_[(a - kSharedBase) / 4].copies_in_flight;
   current_->open_group.push_back({target, bytes, source, where});
   ++current_counts.cp_async;
@@ -389,6 +437,36 @@ void Block::wait_copies(unsigned left) {
     }
   }
   groups.erase(groups.begin(), groups.begin() + land);
+}
+
+// The lanes of a warp run by themselves, but their n-th accesses from one source line are one instruction.
+void Block::note_banks(uint32_t address, uint32_t bytes, Where where) {
+  if (!counting_banks) return;
+  const uint32_t number = current_->accesses[{where.file_name(), where.line()}]++;
+  SharedAccess& access = shared_accesses_[current_->warp][{where.file_name(), where.line(), number}];
+  access.bytes = bytes;
+  access.lanes.emplace_back(current_->lane, address);
+}
+
+// 128 bytes at a time: the lanes of a quarter of the warp for 16 bytes each, of a half for 8, all of them for less.
+void Block::sum_banks() {
+  for (const auto& accesses : shared_accesses_) {
+    for (const auto& [where, access] : accesses) {
+      const unsigned lanes_at_a_time = access.bytes >= 16 ? 8 : access.bytes == 8 ? 16 : 32;
+      std::map<unsigned, std::map<unsigned, std::set<uint32_t>>> phases;  // words by bank, of which lanes may share one
+      for (const auto& [lane, address] : access.lanes) {
+        for (uint32_t word = address / 4; word < (address + access.bytes + 3) / 4; ++word) {
+          phases[lane / lanes_at_a_time][word % 32].insert(word);
+        }
+      }
+      for (const auto& [phase, banks] : phases) {
+        size_t most = 0;
+        for (const auto& [bank, words] : banks) most = std::max(most, words.size());
+        current_counts.wavefronts += most;
+        current_counts.bank_conflicts += most - 1;
+      }
+    }
+  }
 }
 
 // The lanes of a warp run by themselves, but their n-th additions are one instruction.

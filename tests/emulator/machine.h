@@ -14,6 +14,9 @@
 #include <set>
 #include <source_location>
 #include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -43,6 +46,7 @@ struct Thread {
   Where where;
   std::vector<Copy> open_group;  // issued, not committed
   uint32_t reductions = 0;
+  std::map<std::pair<const char*, unsigned>, uint32_t> accesses;  // of shared memory, by source line, while banks are counted
   std::vector<std::vector<Copy>> copies;  // committed groups, oldest first
 };
 
@@ -119,6 +123,11 @@ class Block {
   uint8_t* shared(uint32_t address, uint32_t bytes, const char* access, Where where);
   void note_read(uint32_t address, uint32_t bytes, Where where);
   void note_write(uint32_t address, uint32_t bytes, Where where);
+  void begin_clocks();
+  void join_clocks(const std::vector<unsigned>& threads);
+  uint32_t now() const { return clocks_.empty() ? epoch_ : clocks_[current_->number][current_->number]; }
+  void note_banks(uint32_t address, uint32_t bytes, Where where);
+  void sum_banks();
   bool unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const;
   [[noreturn]] void report_race(const char* kind, uint16_t other, uint32_t address, Where where);
 
@@ -135,7 +144,10 @@ class Block {
   std::vector<uint32_t> warp_epochs_;
   uint32_t epoch_ = 1;
   bool votes_[2] = {};  // of the barriers of the whole block with odd and even epochs
-  bool partial_barriers_used_ = false;  // then epochs do not order all accesses, and races are not searched
+  // From the first barrier on that is not the whole block's, epochs do not order all accesses: then every thread has an epoch of its
+  // own, which its barriers advance, and knows those of the others that it is ordered after (vector clocks).
+  std::vector<std::vector<uint32_t>> clocks_;
+  std::unordered_map<uint32_t, std::map<uint16_t, uint32_t>> readers_;  // with clocks: of a word, since its last write
   Thread* current_ = nullptr;
   Fiber scheduler_;
   uint64_t random_;
@@ -143,6 +155,12 @@ class Block {
   unsigned alive_ = 0;
   bool wrote_ = false, copied_ = false;
   std::vector<std::map<uint32_t, std::set<uint64_t>>> reductions_;  // of a warp: sectors of its n-th instruction
+  // Of a warp: lanes and addresses of the n-th access of a source line.
+  struct SharedAccess {
+    uint32_t bytes = 0;
+    std::vector<std::pair<unsigned, uint32_t>> lanes;
+  };
+  std::vector<std::map<std::tuple<const char*, unsigned, uint32_t>, SharedAccess>> shared_accesses_;
   std::string error_;
 };
 
@@ -179,7 +197,10 @@ std::map<std::string, Blocks> take_blocks();
 struct Counts {
   uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
   uint64_t reductions = 0, reduction_sectors = 0;  // of threads; 32-byte sectors that the instructions of warps touch
+  // Of shared memory, while count_banks is on: a warp's access takes one wavefront for 128 bytes, more where lanes meet in a bank.
+  uint64_t wavefronts = 0, bank_conflicts = 0;  // all; those beyond the least number
 };
 Counts& counts();
+void count_banks(bool on);
 
 }  // namespace emulator

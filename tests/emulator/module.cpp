@@ -95,12 +95,19 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("set_seed", &emulator::set_seed);
   m.def("counts", [] {
     auto& c = emulator::counts();
-    const std::map<std::string, uint64_t> result{
-        {"mma", c.mma},           {"ldmatrix", c.ldmatrix},     {"cp_async", c.cp_async},
-        {"barriers", c.barriers}, {"reductions", c.reductions}, {"reduction_sectors", c.reduction_sectors}};
+    const std::map<std::string, uint64_t> result{{"mma", c.mma},
+                                                 {"ldmatrix", c.ldmatrix},
+                                                 {"cp_async", c.cp_async},
+                                                 {"barriers", c.barriers},
+                                                 {"reductions", c.reductions},
+                                                 {"reduction_sectors", c.reduction_sectors},
+                                                 {"wavefronts", c.wavefronts},
+                                                 {"bank_conflicts", c.bank_conflicts}};
     c = {};
     return result;
   });
+  m.def("count_banks", &emulator::count_banks,
+        "Whether counts() has wavefronts and bank_conflicts of shared memory, which takes time.");
   m.def("set_device",
         [](int capability, int driver_error, int code_error, int of_tensors, bool torch_works) {
     emulator::device() = {capability, static_cast<cudaError_t>(driver_error), static_cast<cudaError_t>(code_error), of_tensors,

@@ -33,6 +33,7 @@ def run(emulator: ModuleType, name: str, seed: int) -> torch.Tensor:
         ("divergent_barrier", "divergent barrier: not every thread reaches it"),
         ("two_barriers", "divergent barrier: some threads wait at"),
         ("named_barrier_too_small", "threads disagree about how many take part"),
+        ("producers_apart", "race in shared memory"),
         ("divergent_shuffle", "deadlock: every thread waits"),
         ("blocks_write_the_same", "race in global memory: write of out"),
         ("blocks_read_what_others_write", "race in global memory: "),
@@ -55,6 +56,7 @@ def test_correct_twins_are_not(emulator: ModuleType, seed: int) -> None:
     expected = (torch.arange(64) + 1.0) % 64
     assert torch.equal(run(emulator, "barrier", seed), expected)
     assert torch.equal(run(emulator, "named_barriers", seed), expected)
+    assert torch.equal(run(emulator, "named_producers", seed), expected)
     assert torch.equal(run(emulator, "waited_copy", seed), torch.ones(64))
 
 
@@ -69,6 +71,16 @@ def test_blocks_are_in_flight_together(emulator: ModuleType, seed: int) -> None:
 def test_launches_beyond_the_limits_fail(emulator: ModuleType, name: str, error: int) -> None:
     with pytest.raises(RuntimeError, match=f"launch: error {error}$"):
         run(emulator, name, 0)
+
+
+@pytest.mark.parametrize(("name", "wavefronts"), [("stride_1", 1), ("stride_8", 8)])
+def test_bank_conflicts_are_counted(emulator: ModuleType, name: str, wavefronts: int) -> None:
+    emulator.counts()
+    emulator.count_banks(True)
+    run(emulator, name, 0)
+    emulator.count_banks(False)
+    counts = emulator.counts()
+    assert (counts["wavefronts"], counts["bank_conflicts"]) == (wavefronts, wavefronts - 1)
 
 
 def test_shared_memory_begins_as_nan(emulator: ModuleType) -> None:
