@@ -85,6 +85,7 @@ def _race(name: str, race: Race, connection: Any) -> None:
     from llama_adapter_kernels.training.data import read_rows
     from llama_adapter_kernels.training.tokens import tokenize
 
+    forget_peak()  # what imports left behind goes back before it is counted
     base = status_bytes("VmRSS")
     model, tokenizer = load_model_and_tokenizer(race.model, getattr(torch, race.dtype))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
