@@ -71,3 +71,17 @@ def test_rows_that_begin_at_any_element(dtype: torch.dtype, isa: str) -> None:
             decoded = zero_gate_decode(q[:, :, -1:], *rest[:2], None, *rest[2:], backend="cpu")
         results.append([output, *gradients, decoded])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_log_sum_exp_of_rows_that_see_few_keys_or_none(dtype: torch.dtype, isa: str) -> None:
+    """Minus infinity where a row sees none: by key_end in the second sequence, by causality in the first rows of the first."""
+    q, k, v = (torch.randn(2, 2, rows, 16).to(dtype) for rows in (9, 5, 5))
+    key_end = torch.tensor([5, 0], dtype=torch.int32)
+    arguments = [None, None, None, None, None, key_end, None, None, None, 0, 0, 0.25, True]
+    _, logsumexp = torch.ops.llama_adapter_kernels.forward(q, k, v, *arguments)
+    hidden = torch.ones(9, 5, dtype=torch.bool).triu(5 - 9 + 1)
+    exact = (0.25 * q.double() @ k.double().mT).masked_fill(hidden, -torch.inf).logsumexp(dim=-1)
+    exact[1] = -torch.inf
+    assert torch.equal(logsumexp.isneginf(), exact.isneginf()) and exact[0].isneginf().sum() == 2 * 4
+    torch.testing.assert_close(logsumexp.double(), exact, rtol=1e-6, atol=1e-6)

@@ -125,7 +125,10 @@ MUTANTS = [
         "static_cast<C>(0 * scratch.maximum[m] + __builtin_log",
     ),
     forward(
-        "log-sum-exp of a row without keys", "out[m] = scratch.sum[m] == 0 ? kMinusInfinity", "out[m] = scratch.sum[m] == 0 ? C(0)"
+        "log-sum-exp of a row without keys",
+        "out[m] = scratch.sum[m] == 0 ? kMinusInfinity",
+        "out[m] = scratch.sum[m] == 0 ? C(0)",
+        tests=SPECIAL,
     ),
     forward(
         "later prefix blocks lose their maximum",
@@ -214,7 +217,8 @@ MUTANTS = [
 ]
 # fmt: on
 
-SUITE = Suite("cpu", MUTANTS, ("csrc",), build, ATTENTION)
+# Tests that name no instruction set shall run the mutated kernels too, on processors that have better ones.
+SUITE = Suite("cpu", MUTANTS, ("csrc",), build, ATTENTION, {"LAK_CPU_ISA": "avx2"})
 
 if __name__ == "__main__":
     sys.exit(min(1, run(SUITE, sys.argv[1:])))

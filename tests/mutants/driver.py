@@ -4,11 +4,12 @@ A mutant that no test notices is a survivor: either a test is missing, or the mu
 (`equivalent`). A suite says how a mutated copy of the sources is built; the driver knows nothing of compilers.
 """
 
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ class Suite:
     sources: Sequence[str]  # folders and files that are copied, from the root
     build: Callable[[Path, Path, str], None]  # (copy of the sources, site, mutated file): puts a library into the site
     tests: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the tests
 
 
 def make_site(site: Path) -> None:
@@ -61,7 +63,10 @@ def outcome(suite: Suite, mutant: Mutant, folder: Path) -> tuple[bool, str]:
     file.write_text(text.replace(mutant.old, mutant.new))
     suite.build(sources, site, mutant.file)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = subprocess.run([*command, *(mutant.tests or suite.tests)], cwd=site, capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, *(mutant.tests or suite.tests)], cwd=site, capture_output=True, text=True,
+        env=os.environ | suite.environment,
+    )  # fmt: skip
     if result.returncode not in (0, 1) and result.returncode > 0:  # negative: a signal, which is a fault noticed
         raise RuntimeError(f"{mutant.name}: pytest did not run\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -63,26 +63,25 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(measure, "BUDGET", Budget(0.0, 1, 1))
     monkeypatch.setattr(measure, "TIMED_SHAPE", (2, 64))
     settings = replace(
-        run.SETTINGS, max_steps=24, batch_size=16, base_learning_rate=run.SETTINGS.base_learning_rate * 2
+        run.SETTINGS, max_steps=30, batch_size=16, base_learning_rate=run.SETTINGS.base_learning_rate * 2
     )
     results = run.run(tmp_path / "demo", settings, held_out_limit=60)
     losses = results.held_out_losses
     assert min(losses) == 0
-    assert max(losses) == results.outcome.step == 24
-    assert losses[24] < losses[0] - 0.4
+    assert max(losses) == results.outcome.step == 30
+    assert losses[30] < losses[0] - 0.4
     gates = [abs(gate) for layer in results.gates.values() for gate in layer]
     assert len(gates) == 5 * 6
     assert sum(gates) / len(gates) > 0.02
     assert min(gates) > 0
     assert results.outcome.trainable_parameters == 5 * (10 * 192 + 6)
-    # Where so few steps leave an answer as it was depends on how the processor rounds.
-    assert sum(answers.before != answers.after for answers in results.answers) > len(results.answers) / 2
+    assert all(answers.before != answers.after for answers in results.answers)
     assert {"fused (this package)", "two scaled_dot_product_attention calls", "eager"} <= results.step_seconds.keys()
     assert all(0 < seconds < 60 for seconds in results.step_seconds.values())
 
     report = (tmp_path / "demo" / "report.md").read_text()
     assert report in capsys.readouterr().out
-    for said in ("9,630 parameters", f"{losses[0]:.3f} before, {losses[24]:.3f} after", run.SHOWN[0], "| eager |"):
+    for said in ("9,630 parameters", f"{losses[0]:.3f} before, {losses[30]:.3f} after", run.SHOWN[0], "| eager |"):
         assert said in report
     for picture in ("loss.png", "gates.png"):
         assert (tmp_path / "demo" / picture).read_bytes().startswith(b"\x89PNG")
