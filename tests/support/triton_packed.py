@@ -33,7 +33,8 @@ def _batch(tokens: int, heads: int) -> tuple[tuple[Tensor, ...], tuple[Any, ...]
 
 
 def _tiles(card: str) -> dict[str, tuning.Tile]:
-    return {phase: tuning.table_entry(phase, torch.bfloat16, HEAD_DIM, card) for phase in tuning.PHASES}
+    """Those of packed batches."""
+    return {phase: tuning.table_entry(phase, torch.bfloat16, HEAD_DIM, card, tokens=True) for phase in tuning.PHASES}
 
 
 def rows_in_use(card: str, tokens: int) -> dict[str, float]:
