@@ -32,7 +32,9 @@ def bench(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="Keep the figures in this .json file, or in a folder as bench-<device>[-quick].json."),
+        typer.Option(
+            help="Keep the figures in this .json file, or in a folder as bench-<device>.json or bench-<device>-quick.json."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the result file has, run the rest.")] = False,
     minutes: Annotated[

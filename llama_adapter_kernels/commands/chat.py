@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_adapter_kernels.commands import answering
 from llama_adapter_kernels.errors import UserError, text_problem
 
 if TYPE_CHECKING:
@@ -20,29 +21,26 @@ COMMANDS = """\
 
 
 def chat(
-    model: Annotated[str, Option(help="Base model: a local Hugging Face folder or a hub name.")],
+    model: answering.Model,
     adapter: Annotated[
         list[Path] | None,
         Option(help="Folder of a saved adapter, or its hub name; may be repeated, the first one answers first."),
     ] = None,
     system: Annotated[str | None, Option(help="What the conversation begins with.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, Option(help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
-    template: Annotated[str, Option(help="alpaca, chat (the tokenizer's), or auto: the adapter's own.")] = "auto",
-    seed: Annotated[int, Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
-    device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
-    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
+    max_new_tokens: answering.MaxNewTokens = 512,
+    temperature: answering.Temperature = 0.0,
+    top_p: answering.TopP = 1.0,
+    template: answering.Template = "auto",
+    seed: answering.Seed = 0,
+    dtype: answering.Dtype = "auto",
+    device: answering.Device = "auto",
+    cpu: answering.Cpu = False,
 ) -> None:
     """Talk with a model over several turns, with adapters that can be exchanged meanwhile (/adapter; /help says more).
 
     Lines may come through a pipe: answers go to the standard output, everything else to the standard error.
     """
-    if template not in ("auto", "alpaca", "chat"):
-        raise UserError(f"--template: expected auto, alpaca or chat, got {template!r}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: expected a number from 0 to 2**63 - 1, got {seed}")
+    answering.check(template, seed)
     problem = text_problem(system or "")
     if problem is not None:
         raise UserError(f"--system: {problem}")

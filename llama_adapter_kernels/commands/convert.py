@@ -21,12 +21,12 @@ def convert(
     read_as: Annotated[str, Option("--from", help="Format of SOURCE; auto: recognised by what is in it.")] = "auto",
     write_as: Annotated[
         str | None,
-        Option("--to", help="native, peft, official-v1, litgpt; huggingface for base models.  [default: native]"),
+        Option("--to", help="native, peft, official-v1, litgpt; huggingface for base models (default: native)."),
     ] = None,
     base: Annotated[
         Path | None, Option(help="Folder of the base model, for what an adapter file does not tell.")
     ] = None,
-    gate: Annotated[str | None, Option(help="tanh or identity, for official V1 files.  [default: tanh]")] = None,
+    gate: Annotated[str | None, Option(help="tanh or identity, for official V1 files (default: tanh).")] = None,
     prefix_length: Annotated[int | None, Option(help="Prompts per layer, where the file does not tell.")] = None,
     legacy_rows: Annotated[
         bool | None,

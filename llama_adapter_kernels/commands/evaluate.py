@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_adapter_kernels.commands import answering
 from llama_adapter_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ def evaluate(
     bertscore_model: Annotated[str, Option(help="Folder or hub name, for music_qa.")] = "roberta-large",
     limit: Annotated[int | None, Option(help="The first items only.")] = None,
     batch_size: Annotated[int, Option(help="Items answered at a time.")] = 8,
-    max_new_tokens: Annotated[int | None, Option(help="Tokens of an answer at most.  [default: the task's]")] = None,
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
-    device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
-    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
+    max_new_tokens: Annotated[int | None, Option(help="Tokens of an answer at most (default: the task's).")] = None,
+    dtype: answering.Dtype = "auto",
+    device: answering.Device = "auto",
+    cpu: answering.Cpu = False,
 ) -> None:
     """Answer a benchmark and score the answers, beside the published numbers. Repeating the command goes on."""
     if (model is None) == (predictions is None):

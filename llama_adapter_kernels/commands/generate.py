@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llama_adapter_kernels.commands import answering
 from llama_adapter_kernels.errors import UserError, text_problem
 
 if TYPE_CHECKING:
@@ -19,23 +20,23 @@ Option = typer.Option
 
 
 def generate(
-    model: Annotated[str, Option(help="Base model: a local Hugging Face folder or a hub name.")],
+    model: answering.Model,
     adapter: Annotated[Path | None, Option(help="Folder of a saved adapter; without: the base model answers.")] = None,
     instruction: Annotated[str | None, Option(help="One instruction. Without it and --file: interactive.")] = None,
     input: Annotated[str, Option(help="Further context for --instruction.")] = "",
     image: Annotated[Path | None, Option(help="A picture that --instruction is about.")] = None,
     audio: Annotated[Path | None, Option(help="A sound that --instruction is about.")] = None,
     file: Annotated[Path | None, Option(help="Many: Alpaca JSON or JSONL, or .txt with one a line.")] = None,
-    output: Annotated[Path | None, Option(help="JSONL file for the answers to --file.  [default: print them]")] = None,
+    output: Annotated[Path | None, Option(help="JSONL file for the answers to --file (default: print them).")] = None,
     batch_size: Annotated[int, Option(help="Instructions answered at a time, with --file.")] = 8,
-    max_new_tokens: Annotated[int, Option(help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, Option(help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
-    template: Annotated[str, Option(help="alpaca, chat (the tokenizer's), or auto: the adapter's own.")] = "auto",
-    seed: Annotated[int, Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16, of the base model.")] = "auto",
-    device: Annotated[str, Option(help="cpu, cuda, cuda:N, mps or another; auto: a GPU where there is one.")] = "auto",
-    cpu: Annotated[bool, Option("--cpu", help="Short for --device cpu.")] = False,
+    max_new_tokens: answering.MaxNewTokens = 256,
+    temperature: answering.Temperature = 0.0,
+    top_p: answering.TopP = 1.0,
+    template: answering.Template = "auto",
+    seed: answering.Seed = 0,
+    dtype: answering.Dtype = "auto",
+    device: answering.Device = "auto",
+    cpu: answering.Cpu = False,
 ) -> None:
     """Answer an instruction, a file of them, or whatever you type.
 
@@ -86,12 +87,9 @@ def _check(
             raise UserError(f"--output {output}: expected a file, it is a folder")
         if not output.absolute().parent.is_dir():
             raise UserError(f"--output {output}: its folder does not exist")
-    if template not in ("auto", "alpaca", "chat"):
-        raise UserError(f"--template: expected auto, alpaca or chat, got {template!r}")
+    answering.check(template, seed)
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: expected a number from 0 to 2**63 - 1, got {seed}")
 
 
 def _check_media(instruction: str | None, adapter: Path | None, image: Path | None, audio: Path | None) -> None:

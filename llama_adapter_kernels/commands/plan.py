@@ -17,16 +17,16 @@ def plan(
     ] = "llama-7b",
     device: Annotated[str, Option(help="h100, h200, a100, rtx4090, or cpu: this one, measured.")] = "h100",
     dtype: Annotated[str, Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    layers: Annotated[int | None, Option(help="Topmost layers with prompts.  [default: all but the lowest 2]")] = None,
+    layers: Annotated[int | None, Option(help="Topmost layers with prompts (default: all but the lowest 2).")] = None,
     prefix_length: Annotated[int, Option(help="Prompt tokens per layer.")] = 10,
     epochs: Annotated[float, Option(help="Passes over the data.")] = 5.0,
-    tokens: Annotated[float | None, Option(help="Of an epoch.  [default: Alpaca's 6.65 million]")] = None,
+    tokens: Annotated[float | None, Option(help="Of an epoch (default: Alpaca's 6.65 million).")] = None,
     responses: Annotated[float, Option(help="Part of the tokens that is predicted.")] = 0.5,
     micro_batch: Annotated[
-        int | None, Option(help="Tokens at a time.  [default: the fastest that fits]", metavar="TOKENS")
+        int | None, Option(help="Tokens at a time (default: the fastest that fits).", metavar="TOKENS")
     ] = None,
     fused: Annotated[
-        bool | None, Option("--fused/--separate", help="Kernels of norms, rotations, activations.  [default: separate]")
+        bool | None, Option("--fused/--separate", help="Kernels of norms, rotations, activations (default: separate).")
     ] = None,
     memory: Annotated[str, Option(help="auto, low (activations computed again) or high (kept).")] = "auto",
     minutes: Annotated[float | None, Option(help="Say whether the run is done in so many.")] = None,

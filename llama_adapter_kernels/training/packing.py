@@ -106,10 +106,11 @@ class StepPlan:
 
     def hands(self, number: int, count: int) -> list[list[int]]:
         """The examples of a step, dealt out into `count` micro-batches, of which some may be empty."""
-        bins = self._filled[number] if self._filled is not None else []
-        if bins and len(bins) == len(self._filled[0]) and len(bins) % count == 0:  # type: ignore[index]
-            share = len(bins) // count
-            return [[i for one in bins[k * share : (k + 1) * share] for i in one] for k in range(count)]
+        if self._filled is not None:
+            bins = self._filled[number]
+            if len(bins) == len(self._filled[0]) and len(bins) % count == 0:
+                share = len(bins) // count
+                return [[i for one in bins[k * share : (k + 1) * share] for i in one] for k in range(count)]
         chosen = self.step(number)
         return [[chosen[i] for i in hand] for hand in deal([self._lengths[i] for i in chosen], count)]
 

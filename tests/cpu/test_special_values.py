@@ -75,7 +75,7 @@ def test_rows_that_begin_at_any_element(dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_log_sum_exp_of_rows_that_see_few_keys_or_none(dtype: torch.dtype, isa: str) -> None:
-    """Minus infinity where a row sees none: by key_end in the second sequence, by causality in the first rows of the first."""
+    """Minus infinity where a row sees none: by key_end in the second sequence, by causality at the top of the first."""
     q, k, v = (torch.randn(2, 2, rows, 16).to(dtype) for rows in (9, 5, 5))
     key_end = torch.tensor([5, 0], dtype=torch.int32)
     arguments = [None, None, None, None, None, key_end, None, None, None, 0, 0, 0.25, True]
