@@ -23,6 +23,7 @@ from llama_adapter_kernels.planning.estimate import WIDTHS, Choice, Data, estima
 from llama_adapter_kernels.planning.memory import kept_activations
 from llama_adapter_kernels.planning.operations import Adapter, Batch, step_parts
 from llama_adapter_kernels.planning.shapes import BUILTIN, read_shape
+from llama_adapter_kernels.testing.kept import kept_by_autograd
 from llama_adapter_kernels.training.loss import response_loss
 from llama_adapter_kernels.training.packing import pack
 from llama_adapter_kernels.training.tokens import Example
@@ -96,19 +97,9 @@ def step_of(model: Any, batch: dict[str, Any], trained: list[torch.Tensor]) -> d
     step()
     with FlopCounterMode(display=False) as counter:
         step()
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = response_loss(model, batch)[0]
-    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + loss.grad_fn.gradient.nbytes
-    kept.clear()
-    del loss
+    losses: list[Any] = []
+    size = kept_by_autograd(model, lambda: losses.append(response_loss(model, batch)[0]))
+    size += losses.pop().grad_fn.gradient.nbytes
     rounds = []
     for _ in range(STEPS):
         begun = time.perf_counter()

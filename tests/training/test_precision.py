@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import llama_adapter_kernels as lak
 from llama_adapter_kernels.errors import UserError
+from llama_adapter_kernels.testing.kept import kept_by_autograd
 from llama_adapter_kernels.training import finetune as fine_tuning
 from llama_adapter_kernels.training import loop
 from llama_adapter_kernels.training.loop import Outcome
@@ -67,18 +68,7 @@ def test_activations_computed_again_are_the_same(
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, object]) -> int:
-    """What autograd keeps between the passes, in tensors that are not the model's own."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        response_loss(model, batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept_by_autograd(model, lambda: response_loss(model, batch))
 
 
 def test_low_memory_keeps_little_and_nothing_below_the_lowest_adapted_layer() -> None:
