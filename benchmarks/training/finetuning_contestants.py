@@ -14,7 +14,7 @@ Setup = tuple[Callable[[], Any], int]  # the loop, and how many parameters it tr
 
 
 def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Path) -> Setup:
-    """`llama-adapter finetune`: its loop, its defaults but for the rows of a step and how many of them go at a time."""
+    """`llama-adapter finetune`: its loop, its defaults but for the rows of a step and how many tokens go at a time."""
     from llama_adapter_kernels.training import loop
     from llama_adapter_kernels.training.preparation import attach
     from llama_adapter_kernels.training.settings import Execution, Settings
@@ -26,7 +26,7 @@ def ours(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: P
         max_length=MAX_LENGTH,
     )  # fmt: skip
     execution = Execution(
-        micro_batch_size=race.rows_at_once, on_cpu=True, tensorboard=False, progress_bar=False, save_steps=10**6
+        tokens_per_micro_batch=race.tokens_at_once, on_cpu=True, tensorboard=False, progress_bar=False, save_steps=10**6
     )
     plan = loop.plan_steps(examples, settings)
     turns = _turns(gate, lambda step: plan.tokens(plan.step(step)))
@@ -116,8 +116,8 @@ def trl(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Pa
     rows = [{"input_ids": list(e.tokens), "completion_mask": [int(label >= 0) for label in e.labels]} for e in examples]
     mean = sum(map(len, examples)) / len(examples)
     arguments = SFTConfig(
-        **_trainer_arguments(race, folder), packing=True, max_length=race.bin_tokens, per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, round(race.rows * mean / race.bin_tokens)), bf16=False,
+        **_trainer_arguments(race, folder), packing=True, max_length=race.tokens_at_once, per_device_train_batch_size=1,
+        gradient_accumulation_steps=max(1, round(race.rows * mean / race.tokens_at_once)), bf16=False,
         completion_only_loss=True, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = SFTTrainer(

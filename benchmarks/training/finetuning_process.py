@@ -28,8 +28,8 @@ class Race:
 
     Args:
         rows: of a step.
-        rows_at_once: of a forward pass; a step adds up rows / rows_at_once of them.
-        bin_tokens: of one of TRL's packed bins; a step adds up as many bins as hold about `rows` rows.
+        tokens_at_once: most tokens of a packed forward pass; a step adds up as many of them as hold its rows.
+        rows_at_once: of a padded forward pass, about as many tokens; a step adds up rows / rows_at_once of them.
     """
 
     model: str
@@ -37,8 +37,8 @@ class Race:
     dtype: str
     threads: int = 2
     rows: int = 8
-    rows_at_once: int = 4
-    bin_tokens: int = 512
+    tokens_at_once: int = 512
+    rows_at_once: int = 2
     steps: int = 4
 
 

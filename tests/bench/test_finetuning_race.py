@@ -23,7 +23,7 @@ def test_a_contestant_takes_a_step_when_it_is_told_to(name: str, tmp_path: Path)
     rows = [{"instruction": f"Say {i}", "output": f"It is {i}, and {i} it is."} for i in range(40)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     race = Race(str(save_tiny_model(tmp_path / "model")), tmp_path / "rows.json", "float32", threads=1, rows=4,
-                rows_at_once=2, bin_tokens=128, steps=3)  # fmt: skip
+                tokens_at_once=128, rows_at_once=2, steps=3)  # fmt: skip
     ours, theirs = multiprocessing.Pipe()
     steps: list[int] = []
     thread = threading.Thread(target=drive, args=(ours, steps), daemon=True)
