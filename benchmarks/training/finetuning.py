@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct or another Llama-like model")
     parser.add_argument("--data", type=Path, required=True, help="instruction rows, JSON")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of every contestant")
-    parser.add_argument("--rows", type=int, default=8, help="of a step; padded ones go in two halves")
+    parser.add_argument("--rows", type=int, default=8, help="of a step; even, because padded ones go in twos")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
@@ -118,8 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for dtype in given.dtype:
-        half = max(1, given.rows // 2)
-        race = Race(given.model, given.data, dtype, given.threads, given.rows, half, steps=given.rounds + 2)
+        race = Race(given.model, given.data, dtype, given.threads, given.rows, steps=given.rounds + 2)
         recorded["results"][dtype] = race_of(race, given.only, given.rounds)
         given.output.write_text(json.dumps(recorded, indent=1) + "\n")
 
