@@ -23,21 +23,22 @@ bool aligned(const TensorView& v, int64_t rows, int64_t element) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && strides * element % 16 == 0;
 }
 
-int check(const ZeroGateParams& p) {
+int check(const ZeroGateParams& params) {
   constexpr int64_t kMostRows = int64_t{1} << 30;  // row numbers and their sums with a tile stay within int32
-  if (p.dtype == DataType::kFloat64) return kLakBadDtype;
-  if (p.head_dim < 8 || p.head_dim > 256 || p.head_dim % 8 != 0) return kLakBadHeadDim;
-  for (int64_t size : {p.batch, p.heads_q, p.seq_q, p.seq_k, p.total_q, p.total_k, p.prefix_length, p.prefix_count}) {
+  if (params.dtype == DataType::kFloat64) return kLakBadDtype;
+  if (params.head_dim < 8 || params.head_dim > 256 || params.head_dim % 8 != 0) return kLakBadHeadDim;
+  for (int64_t size : {params.batch, params.heads_q, params.seq_q, params.seq_k, params.total_q, params.total_k,
+                       params.prefix_length, params.prefix_count}) {
     if (size < 0 || size > kMostRows) return kLakBadSize;
   }
-  if (p.heads_kv < 1 || p.heads_q % p.heads_kv != 0) return kLakBadSize;
-  const int64_t element = p.dtype == DataType::kFloat32 ? 4 : 2;
-  const int64_t prefix = p.prefix_count * p.prefix_length;
-  const bool all = aligned(p.query, p.total_q, element) && aligned(p.key, p.total_k, element) &&
-                   aligned(p.value, p.total_k, element) && aligned(p.prefix_key, prefix, element) &&
-                   aligned(p.prefix_value, prefix, element) && aligned(p.output, p.total_q, element) &&
-                   aligned(p.doutput, p.total_q, element) && aligned(p.dquery, p.total_q, element) &&
-                   aligned(p.dkey, p.total_k, element) && aligned(p.dvalue, p.total_k, element);
+  if (params.heads_kv < 1 || params.heads_q % params.heads_kv != 0) return kLakBadSize;
+  const int64_t element = params.dtype == DataType::kFloat32 ? 4 : 2;
+  const int64_t prefix = params.prefix_count * params.prefix_length;
+  const bool all = aligned(params.query, params.total_q, element) && aligned(params.key, params.total_k, element) &&
+                   aligned(params.value, params.total_k, element) && aligned(params.prefix_key, prefix, element) &&
+                   aligned(params.prefix_value, prefix, element) && aligned(params.output, params.total_q, element) &&
+                   aligned(params.doutput, params.total_q, element) && aligned(params.dquery, params.total_q, element) &&
+                   aligned(params.dkey, params.total_k, element) && aligned(params.dvalue, params.total_k, element);
   return all ? kLakSuccess : kLakMisaligned;
 }
 
@@ -72,9 +73,9 @@ const std::string& driver_needed() {
 
 // work(architecture) for a problem that kernels can run, else the code of what is wrong with it.
 template <class Work>
-int with_architecture(const ZeroGateParams& p, const Work& work) {
+int with_architecture(const ZeroGateParams& params, const Work& work) {
   const Architecture* architecture = nullptr;
-  if (const int code = check(p); code != kLakSuccess) return code;
+  if (const int code = check(params); code != kLakSuccess) return code;
   if (const int code = choose_architecture(architecture); code != kLakSuccess) return code;
   return work(*architecture);
 }

@@ -41,22 +41,22 @@ class CudaBackend {
   // The kernels clamp them: reading them here would wait for the device.
   static void check_values(const OpArguments&, const ZeroGateParams&) {}
 
-  static int64_t workspace(Pass pass, const ZeroGateParams& p) {
+  static int64_t workspace(Pass pass, const ZeroGateParams& params) {
     switch (pass) {
       case Pass::kForward: return 0;
-      case Pass::kBackward: return lak_cuda_backward_workspace(&p);
-      case Pass::kDecode: return lak_cuda_decode_workspace(&p);
+      case Pass::kBackward: return lak_cuda_backward_workspace(&params);
+      case Pass::kDecode: return lak_cuda_decode_workspace(&params);
     }
     return 0;
   }
 
   static TensorMemory allocate(const Tensor& query, int64_t bytes) { return tensor_memory(query, bytes); }
 
-  void run(Pass pass, const ZeroGateParams& p) const {
+  void run(Pass pass, const ZeroGateParams& params) const {
     const auto launch = pass == Pass::kForward    ? lak_cuda_forward
                         : pass == Pass::kBackward ? lak_cuda_backward
                                                   : lak_cuda_decode;
-    const int code = launch(&p, stream_);
+    const int code = launch(&params, stream_);
     LAK_CHECK(code == kLakSuccess, "llama_adapter_kernels (cuda): ", lak_cuda_error(code));
   }
 

@@ -20,17 +20,18 @@ constexpr int64_t kLongSequence = 768;
 // A packed batch with one prefix for everybody has no boundaries but the windows of its rows. Its tokens are handled as one long
 // sequence (token tiles): every tile is full, whatever the lengths are, and nothing depends on the longest of them. Sequences
 // that are long on average have few tiles that are not full, and other ways to be fast.
-__host__ __device__ inline bool is_token_tiled(const ZeroGateParams& p) {
-  return p.cu_seqlens_q != nullptr && p.prefix_index == nullptr && p.prefix_count <= 1 && p.total_k <= kLongSequence * p.batch;
+__host__ __device__ inline bool is_token_tiled(const ZeroGateParams& params) {
+  return params.cu_seqlens_q != nullptr && params.prefix_index == nullptr && params.prefix_count <= 1 &&
+         params.total_k <= kLongSequence * params.batch;
 }
 
 // What grids are laid out over: `sequences` of at most `rows` queries and `keys` keys.
 struct Extent {
   int64_t sequences, rows, keys;
 };
-__host__ __device__ inline Extent extent_of(const ZeroGateParams& p) {
-  if (is_token_tiled(p)) return {1, p.total_q, p.total_k};
-  return {p.batch, p.seq_q, p.seq_k};
+__host__ __device__ inline Extent extent_of(const ZeroGateParams& params) {
+  if (is_token_tiled(params)) return {1, params.total_q, params.total_k};
+  return {params.batch, params.seq_q, params.seq_k};
 }
 
 struct Sequence {
@@ -59,35 +60,37 @@ __device__ __forceinline__ int offset_at(const int32_t* cu_seqlens, int64_t at, 
 }
 
 // With token tiles b is 0 and means the whole batch.
-__device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& p, int b) {
+__device__ __forceinline__ Sequence sequence_of(const ZeroGateParams& params, int b) {
   Sequence s;
   s.first_query = 0;
   s.first_key = 0;
-  s.queries = static_cast<int>(p.seq_q);
-  s.keys = static_cast<int>(p.seq_k);
-  if (is_token_tiled(p)) {
-    s.queries = offset_at(p.cu_seqlens_q, p.batch, p.total_q);
-    s.keys = offset_at(p.cu_seqlens_k, p.batch, p.total_k);
-  } else if (p.cu_seqlens_q != nullptr) {
-    s.first_query = offset_at(p.cu_seqlens_q, b, p.total_q);
-    s.queries = static_cast<int>(clamp(offset_at(p.cu_seqlens_q, b + 1, p.total_q) - s.first_query, 0, p.seq_q));
-    s.first_key = offset_at(p.cu_seqlens_k, b, p.total_k);
-    s.keys = static_cast<int>(clamp(offset_at(p.cu_seqlens_k, b + 1, p.total_k) - s.first_key, 0, p.seq_k));
+  s.queries = static_cast<int>(params.seq_q);
+  s.keys = static_cast<int>(params.seq_k);
+  if (is_token_tiled(params)) {
+    s.queries = offset_at(params.cu_seqlens_q, params.batch, params.total_q);
+    s.keys = offset_at(params.cu_seqlens_k, params.batch, params.total_k);
+  } else if (params.cu_seqlens_q != nullptr) {
+    s.first_query = offset_at(params.cu_seqlens_q, b, params.total_q);
+    s.queries = static_cast<int>(clamp(offset_at(params.cu_seqlens_q, b + 1, params.total_q) - s.first_query, 0, params.seq_q));
+    s.first_key = offset_at(params.cu_seqlens_k, b, params.total_k);
+    s.keys = static_cast<int>(clamp(offset_at(params.cu_seqlens_k, b + 1, params.total_k) - s.first_key, 0, params.seq_k));
   }
-  s.rows = is_token_tiled(p) ? static_cast<int>(p.total_q) : s.queries;
-  s.key_rows = is_token_tiled(p) ? static_cast<int>(p.total_k) : s.keys;
-  s.key_begin = p.key_start == nullptr ? 0 : static_cast<int>(clamp(ptx::load_global(p.key_start + b), 0, s.keys));
-  s.key_end = p.key_end == nullptr ? s.keys : static_cast<int>(clamp(ptx::load_global(p.key_end + b), 0, s.keys));
-  s.diagonal = p.is_causal != 0 ? s.key_end - s.queries : s.keys;
+  s.rows = is_token_tiled(params) ? static_cast<int>(params.total_q) : s.queries;
+  s.key_rows = is_token_tiled(params) ? static_cast<int>(params.total_k) : s.keys;
+  s.key_begin = params.key_start == nullptr ? 0 : static_cast<int>(clamp(ptx::load_global(params.key_start + b), 0, s.keys));
+  s.key_end = params.key_end == nullptr ? s.keys : static_cast<int>(clamp(ptx::load_global(params.key_end + b), 0, s.keys));
+  s.diagonal = params.is_causal != 0 ? s.key_end - s.queries : s.keys;
   s.prefix = 0;
   s.slots = 0;
   s.bad_prefix = false;
-  if (p.prefix_count > 0) {
-    const int64_t entry = p.prefix_index != nullptr ? ptx::load_global(p.prefix_index + b) : p.prefix_count == 1 ? 0 : b;
-    s.bad_prefix = entry < -1 || entry >= p.prefix_count;
+  if (params.prefix_count > 0) {
+    const int64_t entry = params.prefix_index != nullptr ? ptx::load_global(params.prefix_index + b)
+                          : params.prefix_count == 1     ? 0
+                                                         : b;
+    s.bad_prefix = entry < -1 || entry >= params.prefix_count;
     if (entry >= 0 && !s.bad_prefix) {
       s.prefix = static_cast<int>(entry);
-      s.slots = static_cast<int>(p.prefix_length);
+      s.slots = static_cast<int>(params.prefix_length);
     }
   }
   return s;
@@ -104,28 +107,29 @@ __device__ __forceinline__ int sequence_holding(const int32_t* cu_seqlens, int64
 }
 
 // Neither end ever decreases from one row to the next (where cu_seqlens does as it should).
-__device__ __forceinline__ Window window_of(const ZeroGateParams& p, const Sequence& s, int row) {
-  if (!is_token_tiled(p)) return {s.key_begin, higher(s.key_begin, lower(s.key_end, row + s.diagonal + 1))};
-  if (p.batch == 0) return {0, 0};
-  const int b = sequence_holding(p.cu_seqlens_q, p.batch, row);
-  const int begin = offset_at(p.cu_seqlens_k, b, p.total_k), last = offset_at(p.cu_seqlens_k, b + 1, p.total_k);
-  const int rows_after = p.is_causal != 0 ? offset_at(p.cu_seqlens_q, b + 1, p.total_q) - 1 - row : 0;
+__device__ __forceinline__ Window window_of(const ZeroGateParams& params, const Sequence& s, int row) {
+  if (!is_token_tiled(params)) return {s.key_begin, higher(s.key_begin, lower(s.key_end, row + s.diagonal + 1))};
+  if (params.batch == 0) return {0, 0};
+  const int b = sequence_holding(params.cu_seqlens_q, params.batch, row);
+  const int begin = offset_at(params.cu_seqlens_k, b, params.total_k),
+            last = offset_at(params.cu_seqlens_k, b + 1, params.total_k);
+  const int rows_after = params.is_causal != 0 ? offset_at(params.cu_seqlens_q, b + 1, params.total_q) - 1 - row : 0;
   return {begin, higher(begin, rows_after < 0 ? begin : last - rows_after)};
 }
 
 // The queries [begin, end) among which are all that see one of the keys [first, first + count).
-__device__ __forceinline__ Window rows_seeing(const ZeroGateParams& p, const Sequence& s, int first, int count) {
+__device__ __forceinline__ Window rows_seeing(const ZeroGateParams& params, const Sequence& s, int first, int count) {
   const int last = lower(first + count, s.key_end) - 1;
   if (last < higher(first, s.key_begin)) return {0, 0};
-  if (!is_token_tiled(p)) return {lower(higher(first - s.diagonal, 0), s.queries), s.queries};
-  if (p.batch == 0) return {0, 0};
-  const int b = sequence_holding(p.cu_seqlens_k, p.batch, first);
-  int begin = offset_at(p.cu_seqlens_q, b, p.total_q);
-  if (p.is_causal != 0) {
-    const int keys_after = offset_at(p.cu_seqlens_k, b + 1, p.total_k) - first;
-    begin = higher(begin, offset_at(p.cu_seqlens_q, b + 1, p.total_q) - keys_after);
+  if (!is_token_tiled(params)) return {lower(higher(first - s.diagonal, 0), s.queries), s.queries};
+  if (params.batch == 0) return {0, 0};
+  const int b = sequence_holding(params.cu_seqlens_k, params.batch, first);
+  int begin = offset_at(params.cu_seqlens_q, b, params.total_q);
+  if (params.is_causal != 0) {
+    const int keys_after = offset_at(params.cu_seqlens_k, b + 1, params.total_k) - first;
+    begin = higher(begin, offset_at(params.cu_seqlens_q, b + 1, params.total_q) - keys_after);
   }
-  return {begin, offset_at(p.cu_seqlens_q, sequence_holding(p.cu_seqlens_k, p.batch, last) + 1, p.total_q)};
+  return {begin, offset_at(params.cu_seqlens_q, sequence_holding(params.cu_seqlens_k, params.batch, last) + 1, params.total_q)};
 }
 
 // What one pass over a tile may read of the tensors that are summed over, and which of its results it stores.
@@ -146,15 +150,15 @@ struct Part {
 __device__ __forceinline__ Part whole_part(const Sequence& s) { return {{0, s.queries}, {s.key_begin, s.key_end}}; }
 
 // The part of the sequence that holds the last query, or the last key, before `end`.
-__device__ __forceinline__ Part part_of_queries(const ZeroGateParams& p, const Sequence& s, int end) {
-  const int last = higher(lower(end, s.queries) - 1, 0), b = sequence_holding(p.cu_seqlens_q, p.batch, last);
-  const Window keys{offset_at(p.cu_seqlens_k, b, p.total_k), offset_at(p.cu_seqlens_k, b + 1, p.total_k)};
-  return {{0, s.queries}, keys, end, lower(offset_at(p.cu_seqlens_q, b, p.total_q), last)};
+__device__ __forceinline__ Part part_of_queries(const ZeroGateParams& params, const Sequence& s, int end) {
+  const int last = higher(lower(end, s.queries) - 1, 0), b = sequence_holding(params.cu_seqlens_q, params.batch, last);
+  const Window keys{offset_at(params.cu_seqlens_k, b, params.total_k), offset_at(params.cu_seqlens_k, b + 1, params.total_k)};
+  return {{0, s.queries}, keys, end, lower(offset_at(params.cu_seqlens_q, b, params.total_q), last)};
 }
-__device__ __forceinline__ Part part_of_keys(const ZeroGateParams& p, const Sequence& s, int end) {
-  const int last = higher(lower(end, s.keys) - 1, 0), b = sequence_holding(p.cu_seqlens_k, p.batch, last);
-  const Window rows{offset_at(p.cu_seqlens_q, b, p.total_q), offset_at(p.cu_seqlens_q, b + 1, p.total_q)};
-  return {rows, {s.key_begin, s.key_end}, end, lower(offset_at(p.cu_seqlens_k, b, p.total_k), last)};
+__device__ __forceinline__ Part part_of_keys(const ZeroGateParams& params, const Sequence& s, int end) {
+  const int last = higher(lower(end, s.keys) - 1, 0), b = sequence_holding(params.cu_seqlens_k, params.batch, last);
+  const Window rows{offset_at(params.cu_seqlens_q, b, params.total_q), offset_at(params.cu_seqlens_q, b + 1, params.total_q)};
+  return {rows, {s.key_begin, s.key_end}, end, lower(offset_at(params.cu_seqlens_k, b, params.total_k), last)};
 }
 
 // One past the last key that some query up to `last_query` sees.
@@ -167,15 +171,16 @@ __device__ __forceinline__ T* head_pointer(const TensorView& v, int64_t b, int64
   return static_cast<T*>(v.data) + b * v.stride_batch + h * v.stride_head + first_row * v.stride_row;
 }
 
-__device__ __forceinline__ float gate_of(const ZeroGateParams& p, const Sequence& s, int h) {
+__device__ __forceinline__ float gate_of(const ZeroGateParams& params, const Sequence& s, int h) {
   if (s.bad_prefix) return std::numeric_limits<float>::quiet_NaN();
   if (s.slots == 0) return 0.0f;
-  return ptx::load_global(static_cast<const float*>(p.gate) + s.prefix * p.gate_stride_prefix + h * p.gate_stride_head);
+  return ptx::load_global(static_cast<const float*>(params.gate) + s.prefix * params.gate_stride_prefix +
+                          h * params.gate_stride_head);
 }
 
 // Position of row 0 of a sequence in the log-sum-exps [B, Hq, total_q] (packed: [Hq, total_q]).
-__device__ __forceinline__ int64_t statistic_row(const ZeroGateParams& p, const Sequence& s, int64_t b, int64_t h) {
-  return ((p.cu_seqlens_q != nullptr ? 0 : b * p.heads_q) + h) * p.total_q + s.first_query;
+__device__ __forceinline__ int64_t statistic_row(const ZeroGateParams& params, const Sequence& s, int64_t b, int64_t h) {
+  return ((params.cu_seqlens_q != nullptr ? 0 : b * params.heads_q) + h) * params.total_q + s.first_query;
 }
 
 // What is added to a scaled score, times log2(e).

@@ -10,38 +10,38 @@ namespace {
 
 // Calls work.operator()<T, padded head size>().
 template <class Work>
-auto for_instantiation(const ZeroGateParams& p, const Work& work) {
+auto for_instantiation(const ZeroGateParams& params, const Work& work) {
   const auto with_type = [&]<class T>() {
-    if (p.head_dim <= 64) return work.template operator()<T, 64>();
-    if (p.head_dim <= 128) return work.template operator()<T, 128>();
+    if (params.head_dim <= 64) return work.template operator()<T, 64>();
+    if (params.head_dim <= 128) return work.template operator()<T, 128>();
     return work.template operator()<T, 256>();
   };
-  switch (p.dtype) {
+  switch (params.dtype) {
     case DataType::kBFloat16: return with_type.template operator()<BFloat16>();
     case DataType::kFloat16: return with_type.template operator()<Float16>();
     default: return with_type.template operator()<float>();
   }
 }
 
-int forward(const ZeroGateParams& p, cudaStream_t stream) {
-  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_forward<T, kHeadDim>(p, stream); });
+int forward(const ZeroGateParams& params, cudaStream_t stream) {
+  return for_instantiation(params, [&]<class T, int kHeadDim>() { return launch_forward<T, kHeadDim>(params, stream); });
 }
 
-int backward(const ZeroGateParams& p, cudaStream_t stream) {
-  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_backward<T, kHeadDim>(p, stream); });
+int backward(const ZeroGateParams& params, cudaStream_t stream) {
+  return for_instantiation(params, [&]<class T, int kHeadDim>() { return launch_backward<T, kHeadDim>(params, stream); });
 }
 
-int decode(const ZeroGateParams& p, cudaStream_t stream) {
-  return for_instantiation(p, [&]<class T, int kHeadDim>() { return launch_decode<T, kHeadDim>(p, stream); });
+int decode(const ZeroGateParams& params, cudaStream_t stream) {
+  return for_instantiation(params, [&]<class T, int kHeadDim>() { return launch_decode<T, kHeadDim>(params, stream); });
 }
 
-int64_t backward_bytes(const ZeroGateParams& p) {
-  return for_instantiation(p, [&]<class T, int kHeadDim>() { return backward_workspace<T, kHeadDim>(p).bytes; });
+int64_t backward_bytes(const ZeroGateParams& params) {
+  return for_instantiation(params, [&]<class T, int kHeadDim>() { return backward_workspace<T, kHeadDim>(params).bytes; });
 }
 
-int64_t decode_bytes(const ZeroGateParams& p) {
-  const DecodeSplits grid(p);
-  return DecodePartials(p, grid.splits, grid.row_tiles).bytes;
+int64_t decode_bytes(const ZeroGateParams& params) {
+  const DecodeSplits grid(params);
+  return DecodePartials(params, grid.splits, grid.row_tiles).bytes;
 }
 
 __global__ void probe_kernel() {}

@@ -70,62 +70,62 @@ struct ForwardPlace {
 };
 
 template <int kRows>
-__device__ __forceinline__ ForwardPlace place_of(const ZeroGateParams& p, unsigned index, int row_blocks) {
+__device__ __forceinline__ ForwardPlace place_of(const ZeroGateParams& params, unsigned index, int row_blocks) {
   ForwardPlace place;
   // Causal rows cost more the later they are: those go first.
   place.first_row = (row_blocks - 1 - static_cast<int>(index % row_blocks)) * kRows;
-  place.head = static_cast<int>(index / row_blocks % p.heads_q);
-  place.b = static_cast<int>(index / row_blocks / p.heads_q);
-  place.head_kv = place.head / static_cast<int>(p.heads_q / p.heads_kv);
-  place.s = sequence_of(p, place.b);
+  place.head = static_cast<int>(index / row_blocks % params.heads_q);
+  place.b = static_cast<int>(index / row_blocks / params.heads_q);
+  place.head_kv = place.head / static_cast<int>(params.heads_q / params.heads_kv);
+  place.s = sequence_of(params, place.b);
   return place;
 }
 
 template <class T, class Memory>
-__device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place,
+__device__ __forceinline__ void copy_prefix(const Memory& memory, const ZeroGateParams& params, const ForwardPlace& place,
                                             int slot) {
-  const int slots = place.s.slots, head_dim = static_cast<int>(p.head_dim), thread = ptx::thread_index();
-  copy_rows<kThreads>(memory.prefix_key, head_pointer<const T>(p.prefix_key, place.s.prefix, place.head_kv, 0),
-                      p.prefix_key.stride_row, slot, 0, slots, head_dim, thread);
-  copy_rows<kThreads>(memory.prefix_value, head_pointer<const T>(p.prefix_value, place.s.prefix, place.head_kv, 0),
-                      p.prefix_value.stride_row, slot, 0, slots, head_dim, thread);
+  const int slots = place.s.slots, head_dim = static_cast<int>(params.head_dim), thread = ptx::thread_index();
+  copy_rows<kThreads>(memory.prefix_key, head_pointer<const T>(params.prefix_key, place.s.prefix, place.head_kv, 0),
+                      params.prefix_key.stride_row, slot, 0, slots, head_dim, thread);
+  copy_rows<kThreads>(memory.prefix_value, head_pointer<const T>(params.prefix_value, place.s.prefix, place.head_kv, 0),
+                      params.prefix_value.stride_row, slot, 0, slots, head_dim, thread);
 }
 
 // Tokens after the last sequence: zeros, and a log-sum-exp of -inf.
 template <class T, int kRows>
-__device__ __forceinline__ void write_empty_rows(const ZeroGateParams& p, const ForwardPlace& place) {
+__device__ __forceinline__ void write_empty_rows(const ZeroGateParams& params, const ForwardPlace& place) {
   const auto& [b, head, head_kv, first_row, s] = place;
-  const int64_t statistics = statistic_row(p, s, b, head);
+  const int64_t statistics = statistic_row(params, s, b, head);
   constexpr int kChunk = 16 / sizeof(T);
-  T* output = head_pointer<T>(p.output, b, head, s.first_query);
-  const int chunks = static_cast<int>(p.head_dim) / kChunk;
+  T* output = head_pointer<T>(params.output, b, head, s.first_query);
+  const int chunks = static_cast<int>(params.head_dim) / kChunk;
   for (int i = threadIdx.x; i < kRows * chunks; i += kThreads) {
     const int row = first_row + i / chunks;
     if (row >= s.rows) break;
-    ptx::store_global(reinterpret_cast<uint4*>(output + row * p.output.stride_row + i % chunks * kChunk), uint4{});
+    ptx::store_global(reinterpret_cast<uint4*>(output + row * params.output.stride_row + i % chunks * kChunk), uint4{});
   }
-  if (p.logsumexp.data == nullptr) return;
+  if (params.logsumexp.data == nullptr) return;
   for (int row = first_row + static_cast<int>(threadIdx.x); row < lower(first_row + kRows, s.rows); row += kThreads) {
-    ptx::store_global(static_cast<float*>(p.logsumexp.data) + statistics + row, -kInfinity);
+    ptx::store_global(static_cast<float*>(params.logsumexp.data) + statistics + row, -kInfinity);
   }
 }
 
 // After the last key: normalises the word branch, leaves its statistics, adds the prefix and stores the rows of the part.
 // `place` is found anew by the caller, so that nothing of it takes registers in the loop over the keys.
 template <class T, int kHeadDim, ForwardKind kKind, int kM, int kD>
-__device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const ForwardPlace& place,
+__device__ __forceinline__ void finish_forward(const ZeroGateParams& params, const ForwardPlace& place,
                                                const ForwardMemory<T, kHeadDim, kKind>& memory, const Part& part,
                                                float (&output)[kM][kD][4], const float (&largest)[kM][2],
                                                const float (&total)[kM][2]) {
   using Memory = ForwardMemory<T, kHeadDim, kKind>;
   constexpr bool kElementwise = kKind == ForwardKind::kElementwise;
   const auto& [b, head, head_kv, first_row, s] = place;
-  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM, end = lower(s.rows, part.end);
-  const ScoreRule rule = score_rule(p, b, head);
+  const int head_dim = static_cast<int>(params.head_dim), warp_row = warp_id() * 16 * kM, end = lower(s.rows, part.end);
+  const ScoreRule rule = score_rule(params, b, head);
   const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_windows left
-  const int64_t statistics = statistic_row(p, s, b, head);
+  const int64_t statistics = statistic_row(params, s, b, head);
   constexpr float kLn2 = 0.6931471805599453f;
-  float* logsumexp = p.logsumexp.data == nullptr ? nullptr : static_cast<float*>(p.logsumexp.data) + statistics;
+  float* logsumexp = params.logsumexp.data == nullptr ? nullptr : static_cast<float*>(params.logsumexp.data) + statistics;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -145,7 +145,7 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     }
   }
 
-  const float gate = gate_of(p, s, head);
+  const float gate = gate_of(params, s, head);
   if (s.slots > 0) {
     // First the maximum and the sum over all slots, then their weights; up to 16 slots are one tile, already here.
     const float before = kElementwise ? rule.scale_log2 : 1.0f;  // what the scores are scaled by before the softmax
@@ -154,7 +154,7 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
       if (slot > 0 || !Memory::kPrefixApart || !part.is_whole()) {
         __syncthreads();
-        copy_prefix<T>(memory, p, place, slot);
+        copy_prefix<T>(memory, params, place, slot);
         ptx::commit_async_copies();
         ptx::wait_async_copies<0>();
         __syncthreads();
@@ -172,7 +172,7 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
       if (s.slots > kPrefixTile) {
         __syncthreads();
-        copy_prefix<T>(memory, p, place, slot);
+        copy_prefix<T>(memory, params, place, slot);
         ptx::commit_async_copies();
         ptx::wait_async_copies<0>();
         __syncthreads();
@@ -192,23 +192,23 @@ __device__ __forceinline__ void finish_forward(const ZeroGateParams& p, const Fo
     }
   }
 
-  T* result = head_pointer<T>(p.output, b, head, s.first_query);
+  T* result = head_pointer<T>(params.output, b, head, s.first_query);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     // A sequence whose prefix index is out of range becomes NaN here.
-    store_rows<kD>(result, p.output.stride_row, first_row + warp_row + 16 * m, end, output[m], s.bad_prefix ? gate : 1.0f, 0,
-                   head_dim, s.queries);
+    store_rows<kD>(result, params.output.stride_row, first_row + warp_row + 16 * m, end, output[m], s.bad_prefix ? gate : 1.0f,
+                   0, head_dim, s.queries);
   }
 }
 
 // The windows of the block's rows within the part that comes, and the part itself. A barrier has to follow.
 template <class Memory>
-__device__ __forceinline__ void begin_pass(const Memory& memory, const ZeroGateParams& p, const ForwardPlace& place,
+__device__ __forceinline__ void begin_pass(const Memory& memory, const ZeroGateParams& params, const ForwardPlace& place,
                                            const Part& part) {
   constexpr int kRows = Memory::Tiles::kRows;
   const auto within = [&](int key) { return lower(higher(key, part.keys.begin), part.keys.end); };
   for (int row = ptx::thread_index(); row < kRows; row += kThreads) {
-    const Window window = window_of(p, place.s, lower(place.first_row + row, place.s.queries - 1));
+    const Window window = window_of(params, place.s, lower(place.first_row + row, place.s.queries - 1));
     ptx::store_shared(memory.window_at(row), Window{within(window.begin), within(window.end)});
   }
   if (ptx::thread_index() == 0) memory.part.store(part);
@@ -216,15 +216,15 @@ __device__ __forceinline__ void begin_pass(const Memory& memory, const ZeroGateP
 
 // Whether another pass has to follow, which has begun.
 template <class T, int kHeadDim, ForwardKind kKind>
-__device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kKind>& memory, const ZeroGateParams& p,
+__device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kKind>& memory, const ZeroGateParams& params,
                                              int row_blocks) {
   using Tiles = typename ForwardMemory<T, kHeadDim, kKind>::Tiles;
   constexpr bool kElementwise = kKind == ForwardKind::kElementwise;
   constexpr int kM = Tiles::kRowTiles, kN = Tiles::kKeys / 8, kD = kHeadDim / 8;
-  const ForwardPlace place = place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const ForwardPlace place = place_of<Tiles::kRows>(params, ptx::block_index(), row_blocks);
   const auto& [b, head, head_kv, first_row, s] = place;
-  const int head_dim = static_cast<int>(p.head_dim), warp_row = warp_id() * 16 * kM;
-  const ScoreRule rule = score_rule(p, b, head);
+  const int head_dim = static_cast<int>(params.head_dim), warp_row = warp_id() * 16 * kM;
+  const ScoreRule rule = score_rule(params, b, head);
   const float scale = kElementwise ? 1.0f : rule.scale_log2;  // of what apply_windows leaves
 
   // Pointers found anew for each tile: eight registers that 255 a thread do not have room for.
@@ -238,7 +238,7 @@ __device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kK
   // A tile is the keys [at, at + kKeys), from the first to the last key that any row sees.
   const int begin = ptx::load_shared<Window>(memory.window_at(0)).begin;
   const int end = ptx::load_shared<Window>(memory.window_at(Tiles::kRows - 1)).end;
-  if (begin < end) copy_tile(memory.key, p.key, begin);
+  if (begin < end) copy_tile(memory.key, params.key, begin);
 
   float output[kM][kD][4], largest[kM][2], total[kM][2];
   set_zero(output);
@@ -257,13 +257,13 @@ __device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kK
     const bool whole = at >= last.begin && at + Tiles::kKeys <= first.end;
     ptx::wait_async_copies<0>();
     __syncthreads();  // K (and Q) is there; every warp is done with V
-    copy_tile(memory.value, p.value, at);
+    copy_tile(memory.value, params.value, at);
     float c[kM][kN][4];
     set_zero(c);
     if (any) multiply_abt(c, memory.query, warp_row, memory.key, 0);
     ptx::wait_async_copies<0>();
     __syncthreads();  // V is there; every warp is done with K
-    if (at + Tiles::kKeys < end) copy_tile(memory.key, p.key, at + Tiles::kKeys);
+    if (at + Tiles::kKeys < end) copy_tile(memory.key, params.key, at + Tiles::kKeys);
     if (!any) continue;
     if (kElementwise || !whole) {
       apply_windows<kElementwise>(c, rule, s, memory.window_at(warp_row), first_row + warp_row, at);
@@ -273,31 +273,31 @@ __device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kK
   }
   ptx::commit_async_copies();
   ptx::wait_async_copies<0>();
-  const ForwardPlace same = place_of<Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const ForwardPlace same = place_of<Tiles::kRows>(params, ptx::block_index(), row_blocks);
   const Part part = memory.part.load();
-  const bool again = __syncthreads_or(is_token_tiled(p) && part.is_whole() && !all_finite(output));
-  if (!again) finish_forward<T, kHeadDim, kKind>(p, same, memory, part, output, largest, total);
+  const bool again = __syncthreads_or(is_token_tiled(params) && part.is_whole() && !all_finite(output));
+  if (!again) finish_forward<T, kHeadDim, kKind>(params, same, memory, part, output, largest, total);
   if (!again && part.begin <= same.first_row) return false;
   __syncthreads();  // every warp is done with all of shared memory
-  begin_pass(memory, p, same, part_of_queries(p, same.s, again ? same.s.rows : part.begin));
+  begin_pass(memory, params, same, part_of_queries(params, same.s, again ? same.s.rows : part.begin));
   return true;
 }
 
 template <class T, int kHeadDim, ForwardKind kKind>
 __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
-    forward_kernel(const __grid_constant__ ZeroGateParams p, int row_blocks) {
+    forward_kernel(const __grid_constant__ ZeroGateParams params, int row_blocks) {
   using Memory = ForwardMemory<T, kHeadDim, kKind>;
   const Memory memory(ptx::dynamic_shared_memory());
-  const ForwardPlace place = place_of<Memory::Tiles::kRows>(p, ptx::block_index(), row_blocks);
+  const ForwardPlace place = place_of<Memory::Tiles::kRows>(params, ptx::block_index(), row_blocks);
   const auto& [b, head, head_kv, first_row, s] = place;
   if (first_row >= s.rows) return;
-  if (first_row >= s.queries) return write_empty_rows<T, Memory::Tiles::kRows>(p, place);
-  copy_rows<kThreads>(memory.query, head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, first_row, 0,
-                      s.queries, static_cast<int>(p.head_dim), ptx::thread_index());
-  if (Memory::kPrefixApart && s.slots > 0) copy_prefix<T>(memory, p, place, 0);
-  begin_pass(memory, p, place, whole_part(s));
+  if (first_row >= s.queries) return write_empty_rows<T, Memory::Tiles::kRows>(params, place);
+  copy_rows<kThreads>(memory.query, head_pointer<const T>(params.query, b, head, s.first_query), params.query.stride_row,
+                      first_row, 0, s.queries, static_cast<int>(params.head_dim), ptx::thread_index());
+  if (Memory::kPrefixApart && s.slots > 0) copy_prefix<T>(memory, params, place, 0);
+  begin_pass(memory, params, place, whole_part(s));
 #pragma unroll 1
-  while (forward_pass<T, kHeadDim, kKind>(memory, p, row_blocks)) {
+  while (forward_pass<T, kHeadDim, kKind>(memory, params, row_blocks)) {
   }
 }
 

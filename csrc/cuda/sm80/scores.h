@@ -7,8 +7,8 @@
 
 namespace lak::sm80 {
 
-__host__ __device__ inline bool needs_elementwise_scores(const ZeroGateParams& p) {
-  return p.mask.type != MaskType::kNone || !(p.scale > 0.0);
+__host__ __device__ inline bool needs_elementwise_scores(const ZeroGateParams& params) {
+  return params.mask.type != MaskType::kNone || !(params.scale > 0.0);
 }
 
 // kElementwise: a mask, or a scale that is not positive. Then scores leave here scaled (factor 1 is used later); otherwise
@@ -19,8 +19,8 @@ struct ScoreRule {
   float scale_log2;   // scale * log2(e)
 };
 
-__device__ __forceinline__ ScoreRule score_rule(const ZeroGateParams& p, int64_t b, int64_t h) {
-  return {p.mask, b * p.mask.stride_batch + h * p.mask.stride_head, static_cast<float>(p.scale * kLog2E)};
+__device__ __forceinline__ ScoreRule score_rule(const ZeroGateParams& params, int64_t b, int64_t h) {
+  return {params.mask, b * params.mask.stride_batch + h * params.mask.stride_head, static_cast<float>(params.scale * kLog2E)};
 }
 
 // The score of a query and a key that it sees.

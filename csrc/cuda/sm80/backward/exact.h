@@ -20,7 +20,7 @@ constexpr float kCoarseLogsumexp = kIsHalf<T> ? 1024.0f : 32.0f;
 
 // One warp's 16 rows, of which a lane has two: `row` and row + 8.
 struct RowsOfWarp {
-  const ZeroGateParams& p;
+  const ZeroGateParams& params;
   const Sequence& s;
   const ScoreRule rule;
   int b, head_kv, row;
@@ -76,11 +76,11 @@ template <class T, int kRows, int kHeadDim>
 __device__ __forceinline__ RunningSoftmax softmax_of_words(const RowsOfWarp& rows, SharedTile<T, kRows, kHeadDim> query,
                                                            SharedTile<T, kRows, kHeadDim> doutput, int warp_row,
                                                            const bool (&wanted)[2]) {
-  const ZeroGateParams& p = rows.p;
+  const ZeroGateParams& params = rows.params;
   const Sequence& s = rows.s;
-  const T* key = head_pointer<const T>(p.key, rows.b, rows.head_kv, s.first_key);
-  const T* value = head_pointer<const T>(p.value, rows.b, rows.head_kv, s.first_key);
-  const int head_dim = static_cast<int>(p.head_dim);
+  const T* key = head_pointer<const T>(params.key, rows.b, rows.head_kv, s.first_key);
+  const T* value = head_pointer<const T>(params.value, rows.b, rows.head_kv, s.first_key);
+  const int head_dim = static_cast<int>(params.head_dim);
   const Window range = rows.keys(wanted);
   RunningSoftmax softmax;
   for (int at = range.begin; at < range.end; at += 16) {
@@ -94,8 +94,8 @@ __device__ __forceinline__ RunningSoftmax softmax_of_words(const RowsOfWarp& row
       }
     }
     if (!__any_sync(kAllLanes, any)) continue;
-    multiply_abt_rows(scores, query, warp_row, key, p.key.stride_row, at, s.key_begin, s.key_end, head_dim);
-    multiply_abt_rows(dprobability, doutput, warp_row, value, p.value.stride_row, at, s.key_begin, s.key_end, head_dim);
+    multiply_abt_rows(scores, query, warp_row, key, params.key.stride_row, at, s.key_begin, s.key_end, head_dim);
+    multiply_abt_rows(dprobability, doutput, warp_row, value, params.value.stride_row, at, s.key_begin, s.key_end, head_dim);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll

@@ -9,29 +9,29 @@ namespace lak::sm80 {
 
 template <class T, int kHeadDim, int kWarpsOfBlock>
 __global__ void __launch_bounds__(32 * kWarpsOfBlock, (kWarpsOfBlock == 8 ? 1 : 2))
-    backward_keys_kernel(const __grid_constant__ ZeroGateParams p, int key_tiles) {
+    backward_keys_kernel(const __grid_constant__ ZeroGateParams params, int key_tiles) {
   using Tiles = WordTiles<T, kHeadDim, kWarpsOfBlock>;
   using Grid = typename Tiles::KeyGradients;
-  if (is_token_tiled(p)) __builtin_unreachable();
+  if (is_token_tiled(params)) __builtin_unreachable();
   const PairMemory<T, kHeadDim, Tiles> memory(ptx::dynamic_shared_memory());
   const int first_key = static_cast<int>(blockIdx.x % key_tiles) * Tiles::kKeys;  // the first keys are seen by the most queries
-  const int head_kv = static_cast<int>(blockIdx.x / key_tiles % p.heads_kv);
-  const int b = static_cast<int>(blockIdx.x / key_tiles / p.heads_kv);
-  const Sequence s = sequence_of(p, b);
+  const int head_kv = static_cast<int>(blockIdx.x / key_tiles % params.heads_kv);
+  const int b = static_cast<int>(blockIdx.x / key_tiles / params.heads_kv);
+  const Sequence s = sequence_of(params, b);
   if (first_key >= s.key_rows) return;
-  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
-  const PairCopies<T, kHeadDim, Tiles> copies{p, memory, s, b, head_kv};
+  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(params);
+  const PairCopies<T, kHeadDim, Tiles> copies{params, memory, s, b, head_kv};
   float dkey[Grid::kM][Grid::kN][4], dvalue[Grid::kM][Grid::kN][4];
   set_zero(dkey);
   set_zero(dvalue);
   copies.key(first_key);
   copies.value(first_key);
   ptx::commit_async_copies();
-  const Window tiles = row_tiles_seeing<Tiles>(p, s, first_key);
+  const Window tiles = row_tiles_seeing<Tiles>(params, s, first_key);
   add_over_queries<true>(copies, workspace, first_key, [&] { return tiles; }, -1, dkey, dvalue);
   const int same_first = static_cast<int>(ptx::block_index() % key_tiles) * Tiles::kKeys;
-  const Sequence same = sequence_of(p, b);
-  const PairCopies<T, kHeadDim, Tiles> same_copies{p, memory, same, b, head_kv};
+  const Sequence same = sequence_of(params, b);
+  const PairCopies<T, kHeadDim, Tiles> same_copies{params, memory, same, b, head_kv};
   store_key_gradients(same_copies, same_first, Part::kAll, dkey, dvalue);
 }
 
@@ -39,16 +39,17 @@ __global__ void __launch_bounds__(32 * kWarpsOfBlock, (kWarpsOfBlock == 8 ? 1 : 
 //
 // Shared memory: prefix K [16, D].
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) convert_dquery_kernel(const __grid_constant__ ZeroGateParams p, int row_tiles) {
+__global__ void __launch_bounds__(kThreads)
+    convert_dquery_kernel(const __grid_constant__ ZeroGateParams params, int row_tiles) {
   constexpr int kD = kHeadDim / 8;
   const SharedTile<T, kPrefixTile, kHeadDim> prefix_key{ptx::dynamic_shared_memory()};
-  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
+  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(params);
   const int first_row = static_cast<int>(blockIdx.x % row_tiles) * 16 * kWarps, row = first_row + 16 * warp_id();
-  const int head = static_cast<int>(blockIdx.x / row_tiles % p.heads_q),
-            b = static_cast<int>(blockIdx.x / row_tiles / p.heads_q);
-  const Sequence s = sequence_of(p, b);
+  const int head = static_cast<int>(blockIdx.x / row_tiles % params.heads_q),
+            b = static_cast<int>(blockIdx.x / row_tiles / params.heads_q);
+  const Sequence s = sequence_of(params, b);
   if (first_row >= s.rows) return;
-  const int head_dim = static_cast<int>(p.head_dim);
+  const int head_dim = static_cast<int>(params.head_dim);
   const float* sums = workspace.dquery_fragment(b, head, row, 0);
   float dquery[1][kD][4];
 #pragma unroll
@@ -58,19 +59,19 @@ __global__ void __launch_bounds__(kThreads) convert_dquery_kernel(const __grid_c
       dquery[0][n][e] = 8 * n < head_dim ? ptx::load_global(sums + 128 * n + 32 * e + lane_id()) : 0.0f;
     }
   }
-  const int64_t stride = prefix_tiles(p) * kPrefixTile;
-  const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int64_t stride = prefix_tiles(params) * kPrefixTile;
+  const int head_kv = head / static_cast<int>(params.heads_q / params.heads_kv);
   for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
     if (slot > 0) __syncthreads();
-    copy_rows<kThreads>(prefix_key, head_pointer<const T>(p.prefix_key, s.prefix, head_kv, 0), p.prefix_key.stride_row, slot, 0,
-                        s.slots, head_dim, threadIdx.x);
+    copy_rows<kThreads>(prefix_key, head_pointer<const T>(params.prefix_key, s.prefix, head_kv, 0),
+                        params.prefix_key.stride_row, slot, 0, s.slots, head_dim, threadIdx.x);
     ptx::commit_async_copies();
     ptx::wait_async_copies<0>();
     __syncthreads();
     add_prefix_product(dquery, prefix_key, workspace, stride, b, head, row, slot, 0);
   }
-  store_rows<kD>(head_pointer<T>(p.dquery, b, head, s.first_query), p.dquery.stride_row, row, s.rows, dquery[0],
-                 static_cast<float>(p.scale) * (s.bad_prefix ? gate_of(p, s, head) : 1.0f), 0, head_dim, s.queries);
+  store_rows<kD>(head_pointer<T>(params.dquery, b, head, s.first_query), params.dquery.stride_row, row, s.rows, dquery[0],
+                 static_cast<float>(params.scale) * (s.bad_prefix ? gate_of(params, s, head) : 1.0f), 0, head_dim, s.queries);
 }
 
 }  // namespace lak::sm80

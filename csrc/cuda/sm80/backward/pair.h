@@ -17,11 +17,11 @@ namespace lak::sm80 {
 
 // A Part and other numbers of a block, in the workspace: shared memory has no room left for them, registers neither.
 struct BlockPart {
-  const ZeroGateParams* p;
+  const ZeroGateParams* params;
 
   // Found anew each time, for the same reason.
   __device__ __forceinline__ Window* at(int which) const {
-    return static_cast<Window*>(p->workspace) + static_cast<int64_t>(ptx::block_index()) * kWindowsOfBlock + which;
+    return static_cast<Window*>(params->workspace) + static_cast<int64_t>(ptx::block_index()) * kWindowsOfBlock + which;
   }
   __device__ __forceinline__ Window rows() const { return ptx::load_global(at(0)); }
   __device__ __forceinline__ Window keys() const { return ptx::load_global(at(1)); }
@@ -84,15 +84,17 @@ struct PairMemory {
 template <class T, int kHeadDim, class Tiles, bool kInParts = false>
 struct PairCopies {
   using Memory = PairMemory<T, kHeadDim, Tiles, kInParts>;
-  const ZeroGateParams& p;
+  const ZeroGateParams& params;
   const Memory& memory;
   const Sequence& s;
   int b, head_kv;
 
-  __device__ __forceinline__ void query(int head, int first_row) const { rows(memory.query, p.query, head, first_row); }
-  __device__ __forceinline__ void doutput(int head, int first_row) const { rows(memory.doutput, p.doutput, head, first_row); }
-  __device__ __forceinline__ void key(int first_key) const { keys(memory.key, p.key, first_key); }
-  __device__ __forceinline__ void value(int first_key) const { keys(memory.value, p.value, first_key); }
+  __device__ __forceinline__ void query(int head, int first_row) const { rows(memory.query, params.query, head, first_row); }
+  __device__ __forceinline__ void doutput(int head, int first_row) const {
+    rows(memory.doutput, params.doutput, head, first_row);
+  }
+  __device__ __forceinline__ void key(int first_key) const { keys(memory.key, params.key, first_key); }
+  __device__ __forceinline__ void value(int first_key) const { keys(memory.value, params.value, first_key); }
 
   // Windows, shift, D_w (and rest) of the rows: 16 bytes a thread, up to the padding.
   __device__ __forceinline__ void statistics(const BackwardWorkspace& workspace, int head, int first_row) const {
@@ -127,14 +129,14 @@ struct PairCopies {
   __device__ __forceinline__ void rows(const Tile& tile, const TensorView& from, int head, int first_row) const {
     const T* data = head_pointer<const T>(from, ptx::opaque(b), head, s.first_query);
     const Window part = memory.rows_of_part(s);
-    copy_rows<Tiles::kThreads>(tile, data, from.stride_row, first_row, part.begin, part.end, static_cast<int>(p.head_dim),
+    copy_rows<Tiles::kThreads>(tile, data, from.stride_row, first_row, part.begin, part.end, static_cast<int>(params.head_dim),
                                ptx::thread_index());
   }
   template <class Tile>
   __device__ __forceinline__ void keys(const Tile& tile, const TensorView& from, int first_key) const {
     const T* data = head_pointer<const T>(from, ptx::opaque(b), ptx::opaque(head_kv), s.first_key);
     const Window part = memory.keys_of_part(s);
-    copy_rows<Tiles::kThreads>(tile, data, from.stride_row, first_key, part.begin, part.end, static_cast<int>(p.head_dim),
+    copy_rows<Tiles::kThreads>(tile, data, from.stride_row, first_key, part.begin, part.end, static_cast<int>(params.head_dim),
                                ptx::thread_index());
   }
 };
@@ -146,9 +148,9 @@ struct PairRule {
   float factor;
 };
 template <class T, int kHeadDim>
-__device__ __forceinline__ PairRule pair_rule(const ZeroGateParams& p, int b, int head) {
-  const ScoreRule rule = score_rule(p, b, head);
-  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
+__device__ __forceinline__ PairRule pair_rule(const ZeroGateParams& params, int b, int head) {
+  const ScoreRule rule = score_rule(params, b, head);
+  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(params);
   return {rule, elementwise, elementwise ? 1.0f : rule.scale_log2};
 }
 
@@ -204,8 +206,8 @@ __device__ __forceinline__ void add_prefix_product(float (&dquery)[kM][kN][4], S
 
 // The tiles of queries that see keys of a tile; end is 0 where none does.
 template <class Tiles>
-__device__ __forceinline__ Window row_tiles_seeing(const ZeroGateParams& p, const Sequence& s, int first_key) {
-  const Window rows = rows_seeing(p, s, first_key, Tiles::kKeys);
+__device__ __forceinline__ Window row_tiles_seeing(const ZeroGateParams& params, const Sequence& s, int first_key) {
+  const Window rows = rows_seeing(params, s, first_key, Tiles::kKeys);
   if (rows.begin >= rows.end) return {0, 0};
   return {rows.begin / Tiles::kRows, (rows.end + Tiles::kRows - 1) / Tiles::kRows};
 }
@@ -219,10 +221,10 @@ __device__ __forceinline__ void add_over_queries(const PairCopies<T, kHeadDim, T
                                                  int carried_tile, float (&dkey)[kM][kN][4], float (&dvalue)[kM][kN][4]) {
   using Scores = typename Tiles::Scores;
   using KeyGradients = typename Tiles::KeyGradients;
-  const ZeroGateParams& p = copies.p;
+  const ZeroGateParams& params = copies.params;
   const Sequence& s = copies.s;
   const auto& memory = copies.memory;
-  const int group = static_cast<int>(p.heads_q / p.heads_kv), warp = warp_id();
+  const int group = static_cast<int>(params.heads_q / params.heads_kv), warp = warp_id();
   // A step is a head and a tile of queries; before the first of them, the tile that is carried.
   struct Step {
     int head, tile;
@@ -265,7 +267,7 @@ __device__ __forceinline__ void add_over_queries(const PairCopies<T, kHeadDim, T
       if constexpr (kInParts) copies.clear_statistics_beside_part(row_of(step));
       if (Scores::has(warp)) {
         multiply_abt(d, memory.doutput, Scores::row(warp), memory.value, Scores::column(warp));
-        const PairRule rule = pair_rule<T, kHeadDim>(p, copies.b, step.head);
+        const PairRule rule = pair_rule<T, kHeadDim>(params, copies.b, step.head);
         store_scores<kAddsQueries>(memory, rule, s, row_of(step), first_key, c, d, true);
       }
     }
@@ -285,7 +287,7 @@ __device__ __forceinline__ void add_over_queries(const PairCopies<T, kHeadDim, T
         float* sums = workspace.dquery_fragment(copies.b, step.head, row_of(step) + row + 16 * m, column);
 #pragma unroll
         for (int n = 0; n < QueryGradients::kN; ++n) {
-          if (column + 8 * n >= p.head_dim) continue;
+          if (column + 8 * n >= params.head_dim) continue;
 #pragma unroll
           for (int e = 0; e < 4; ++e) ptx::add_global(sums + 128 * n + 32 * e + lane_id(), dquery[m][n][e]);
         }
@@ -302,7 +304,7 @@ __device__ __forceinline__ void add_over_queries(const PairCopies<T, kHeadDim, T
 template <class T, int kHeadDim, class Tiles, bool kInParts, int kM, int kN>
 __device__ __forceinline__ void store_key_gradients(const PairCopies<T, kHeadDim, Tiles, kInParts>& copies, int first_key,
                                                     int end, const float (&dkey)[kM][kN][4], const float (&dvalue)[kM][kN][4]) {
-  const ZeroGateParams& p = copies.p;
+  const ZeroGateParams& params = copies.params;
   const Sequence& s = copies.s;
   const int row = Tiles::KeyGradients::row(warp_id()), column = Tiles::KeyGradients::column(warp_id());
   const auto store = [&](const TensorView& to, const float (&c)[kM][kN][4], float factor) {
@@ -310,11 +312,11 @@ __device__ __forceinline__ void store_key_gradients(const PairCopies<T, kHeadDim
     for (int m = 0; m < kM; ++m) {
       store_rows<kN>(head_pointer<T>(to, copies.b, copies.head_kv, s.first_key), to.stride_row,
                      ptx::opaque(first_key) + row + 16 * m, lower(s.key_rows, end), c[m], factor, column,
-                     static_cast<int>(p.head_dim), s.key_rows);
+                     static_cast<int>(params.head_dim), s.key_rows);
     }
   };
-  store(p.dkey, dkey, static_cast<float>(p.scale));
-  store(p.dvalue, dvalue, 1.0f);
+  store(params.dkey, dkey, static_cast<float>(params.scale));
+  store(params.dvalue, dvalue, 1.0f);
 }
 
 }  // namespace lak::sm80

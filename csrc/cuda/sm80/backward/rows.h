@@ -70,45 +70,45 @@ struct OutputRows {
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
-    backward_rows_kernel(const __grid_constant__ ZeroGateParams p, int slot_tile) {
+    backward_rows_kernel(const __grid_constant__ ZeroGateParams params, int slot_tile) {
   using Memory = RowMemory<T, kHeadDim>;
   using Tiles = typename Memory::Tiles;
   constexpr int kRows = Tiles::kRows, kColumns = kHeadDim / kWarps;
   const Memory memory{ptx::dynamic_shared_memory()};
-  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
+  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(params);
   const RowGrid& grid = workspace.grid;
-  const int thread = threadIdx.x, lane = lane_id(), warp = warp_id(), head_dim = static_cast<int>(p.head_dim);
-  const int warp_row = 16 * warp, slot = kPrefixTile * slot_tile, slot_tiles = prefix_tiles(p);
+  const int thread = threadIdx.x, lane = lane_id(), warp = warp_id(), head_dim = static_cast<int>(params.head_dim);
+  const int warp_row = 16 * warp, slot = kPrefixTile * slot_tile, slot_tiles = prefix_tiles(params);
 
   const int chunk = static_cast<int>(blockIdx.x % grid.chunks);
-  const int head = static_cast<int>(blockIdx.x / grid.chunks % p.heads_q);
-  const int outer = static_cast<int>(blockIdx.x / grid.chunks / p.heads_q);
-  const int head_kv = head / static_cast<int>(p.heads_q / p.heads_kv);
-  const int all_tiles = has_shared_prefix(p) ? grid.tiles * static_cast<int>(extent_of(p).sequences) : grid.tiles;
+  const int head = static_cast<int>(blockIdx.x / grid.chunks % params.heads_q);
+  const int outer = static_cast<int>(blockIdx.x / grid.chunks / params.heads_q);
+  const int head_kv = head / static_cast<int>(params.heads_q / params.heads_kv);
+  const int all_tiles = has_shared_prefix(params) ? grid.tiles * static_cast<int>(extent_of(params).sequences) : grid.tiles;
   const int first_tile = chunk * grid.tiles_a_block, end_tile = lower(first_tile + grid.tiles_a_block, all_tiles);
-  const auto sequence_at = [&](int tile) { return has_shared_prefix(p) ? tile / grid.tiles : outer; };
+  const auto sequence_at = [&](int tile) { return has_shared_prefix(params) ? tile / grid.tiles : outer; };
 
-  const bool words = (p.dquery.data != nullptr || p.dkey.data != nullptr) && slot_tile == 0;
-  const ScoreRule any_rule = score_rule(p, 0, head);
-  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(p);
+  const bool words = (params.dquery.data != nullptr || params.dkey.data != nullptr) && slot_tile == 0;
+  const ScoreRule any_rule = score_rule(params, 0, head);
+  const bool elementwise = !kIsTuned<T, kHeadDim> || needs_elementwise_scores(params);
   const float before = elementwise ? any_rule.scale_log2 : 1.0f, factor = elementwise ? 1.0f : any_rule.scale_log2;
 
-  const Sequence first_sequence = sequence_of(p, sequence_at(first_tile));
+  const Sequence first_sequence = sequence_of(params, sequence_at(first_tile));
   const int slots = first_sequence.slots;  // the same for all sequences of the block
-  const float gate = gate_of(p, first_sequence, head);
+  const float gate = gate_of(params, first_sequence, head);
   const auto copy_prefix = [&](int from) {
-    const T* keys = head_pointer<const T>(p.prefix_key, first_sequence.prefix, head_kv, 0);
-    const T* values = head_pointer<const T>(p.prefix_value, first_sequence.prefix, head_kv, 0);
-    copy_rows<kThreads>(memory.prefix_key(), keys, p.prefix_key.stride_row, from, 0, slots, head_dim, thread);
-    copy_rows<kThreads>(memory.prefix_value(), values, p.prefix_value.stride_row, from, 0, slots, head_dim, thread);
+    const T* keys = head_pointer<const T>(params.prefix_key, first_sequence.prefix, head_kv, 0);
+    const T* values = head_pointer<const T>(params.prefix_value, first_sequence.prefix, head_kv, 0);
+    copy_rows<kThreads>(memory.prefix_key(), keys, params.prefix_key.stride_row, from, 0, slots, head_dim, thread);
+    copy_rows<kThreads>(memory.prefix_value(), values, params.prefix_value.stride_row, from, 0, slots, head_dim, thread);
   };
   const auto copy_tile = [&](int tile, int stage) {
     const int b = sequence_at(tile), row = tile % grid.tiles * kRows;
-    const Sequence s = sequence_of(p, b);
-    copy_rows<kThreads>(memory.query(stage), head_pointer<const T>(p.query, b, head, s.first_query), p.query.stride_row, row, 0,
-                        s.queries, head_dim, thread);
-    copy_rows<kThreads>(memory.doutput(stage), head_pointer<const T>(p.doutput, b, head, s.first_query), p.doutput.stride_row,
-                        row, 0, s.queries, head_dim, thread);
+    const Sequence s = sequence_of(params, b);
+    copy_rows<kThreads>(memory.query(stage), head_pointer<const T>(params.query, b, head, s.first_query),
+                        params.query.stride_row, row, 0, s.queries, head_dim, thread);
+    copy_rows<kThreads>(memory.doutput(stage), head_pointer<const T>(params.doutput, b, head, s.first_query),
+                        params.doutput.stride_row, row, 0, s.queries, head_dim, thread);
     ptx::commit_async_copies();
   };
   if (slots > 0) copy_prefix(slot);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
   for (int tile = first_tile; tile < end_tile; ++tile) {
     const int stage = (tile - first_tile) % Tiles::kStages;
     const int b = sequence_at(tile), first_row = tile % grid.tiles * kRows;
-    const Sequence s = sequence_of(p, b);
+    const Sequence s = sequence_of(params, b);
     const int64_t statistics = workspace.row_of(b, head) + first_row + warp_row + lane / 4;  // of the row g of the warp
     const auto query = memory.query(stage), doutput = memory.doutput(stage);
     const bool has_rows = warp_row < kRows;
@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     OutputRows<T, kHeadDim> output;
     Window windows[2];
     if (words && has_rows) {
-      output.load(head_pointer<const T>(p.output, b, head, s.first_query + first_row + warp_row), p.output.stride_row, there,
-                  head_dim);
+      output.load(head_pointer<const T>(params.output, b, head, s.first_query + first_row + warp_row), params.output.stride_row,
+                  there, head_dim);
       const int row = first_row + warp_row + lane % 16;
-      Window window = window_of(p, s, lower(row, s.queries - 1));
+      Window window = window_of(params, s, lower(row, s.queries - 1));
       if (row >= s.queries) window.begin = window.end;
       if (head == 0 && lane < 16) ptx::store_global(workspace.windows + b * workspace.padded_rows + row, window);
 #pragma unroll
@@ -211,17 +211,18 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     // The words.
     if (words && has_rows) {
       const RowsOfWarp rows{
-          p, s, score_rule(p, b, head), b, head_kv, first_row + warp_row + lane / 4, {windows[0], windows[1]}, elementwise};
+          params,     s, score_rule(params, b, head), b, head_kv, first_row + warp_row + lane / 4, {windows[0], windows[1]},
+          elementwise};
       float delta[2], logsumexp[2];
       bool few[2], from_keys[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         delta[half] = output.product(doutput, warp_row, half) - gate * prefix_delta[half];
         few[half] = windows[half].end - windows[half].begin <= kFewKeys;
-        const int64_t at = statistic_row(p, s, b, head) + rows.row + 8 * half;
-        logsumexp[half] = there[half] ? ptx::load_global(static_cast<const float*>(p.logsumexp.data) + at) : -kInfinity;
+        const int64_t at = statistic_row(params, s, b, head) + rows.row + 8 * half;
+        logsumexp[half] = there[half] ? ptx::load_global(static_cast<const float*>(params.logsumexp.data) + at) : -kInfinity;
       }
-      if (p.mask.type != MaskType::kNone) find_few_keys(rows, there, few);
+      if (params.mask.type != MaskType::kNone) find_few_keys(rows, there, few);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const bool any_key = logsumexp[half] != -kInfinity, fits = fabsf(delta[half]) < kInfinity;
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
         if (!kIsHalf<T>) ptx::store_global(workspace.rest + statistics + 8 * half, word_rest);
         ptx::store_global(workspace.delta + statistics + 8 * half, there[half] ? delta[half] : 0.0f);
       }
-      if (adds_dquery<T, kHeadDim>(p)) {
+      if (adds_dquery<T, kHeadDim>(params)) {
         float* sums = workspace.dquery_fragment(b, head, first_row + warp_row, 0);
         for (int i = 4 * lane; i < 16 * head_dim; i += 128) ptx::store_global(reinterpret_cast<float4*>(sums + i), float4{});
       }
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
         store_tile(memory.dscores(), warp_row, 0, d);
       }
       __syncthreads();
-      if (p.dquery.data != nullptr) {
+      if (params.dquery.data != nullptr) {
         constexpr int kChunk = 16 / sizeof(T), kChunks = kPrefixTile / kChunk;
         T* dscores =
             static_cast<T*>(workspace.dscores) + (workspace.row_of(b, head) + first_row) * slot_tiles * kPrefixTile + slot;
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
                             ptx::load_shared<uint4>(memory.dscores().chunk(row, at)));
         }
       }
-      if (p.dgate != nullptr) {
+      if (params.dgate != nullptr) {
         multiply_atb(dprefix_value, memory.weights(), 0, doutput, warp * kColumns);
         multiply_atb(dprefix_key, memory.dscores(), 0, query, warp * kColumns);
       }
@@ -297,12 +298,12 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
   ptx::commit_async_copies();
   ptx::wait_async_copies<0>();
 
-  if (p.dgate == nullptr || slots == 0) return;  // nobody reads the partial sums of a sequence without a prefix
-  const int64_t partial = (static_cast<int64_t>(outer) * p.heads_q + head) * grid.chunks + chunk;
-  const int64_t size = p.prefix_length * p.head_dim;
+  if (params.dgate == nullptr || slots == 0) return;  // nobody reads the partial sums of a sequence without a prefix
+  const int64_t partial = (static_cast<int64_t>(outer) * params.heads_q + head) * grid.chunks + chunk;
+  const int64_t size = params.prefix_length * params.head_dim;
   float* sums = workspace.dprefix + partial * 2 * size;
-  store_rows<kColumns / 8>(sums, head_dim, slot, slots, dprefix_key[0], static_cast<float>(p.scale), warp * kColumns, head_dim,
-                           slots);
+  store_rows<kColumns / 8>(sums, head_dim, slot, slots, dprefix_key[0], static_cast<float>(params.scale), warp * kColumns,
+                           head_dim, slots);
   store_rows<kColumns / 8>(sums + size, head_dim, slot, slots, dprefix_value[0], 1.0f, warp * kColumns, head_dim, slots);
   if (slot_tile > 0) return;
   // In a fixed order: lanes, then warps.

@@ -20,7 +20,7 @@ struct WordsMemory : PairMemory<T, kHeadDim, WordTiles<T, kHeadDim, kWarps>, tru
   static constexpr int kSide = Tiles::kRows;
   using Pair::part;
 
-  __device__ __forceinline__ WordsMemory(const ZeroGateParams& p, uint32_t base) : Pair(base) { part.p = &p; }
+  __device__ __forceinline__ WordsMemory(const ZeroGateParams& params, uint32_t base) : Pair(base) { part.params = &params; }
   // Tiles of keys that its queries see, tiles of queries that see its keys.
   __device__ __forceinline__ Window key_tiles() const { return ptx::load_global(part.at(3)); }
   __device__ __forceinline__ Window row_tiles() const { return ptx::load_global(part.at(4)); }
@@ -39,36 +39,36 @@ struct WordsPlace {
   int b, head_kv, group, tile;
   Sequence s;
 
-  __device__ __forceinline__ WordsPlace(const ZeroGateParams& p, int tiles) {
+  __device__ __forceinline__ WordsPlace(const ZeroGateParams& params, int tiles) {
     const unsigned index = ptx::block_index();
     // The first tiles are seen by the most queries, the last see the most keys.
     tile = static_cast<int>(index % tiles);
-    head_kv = static_cast<int>(index / tiles % p.heads_kv);
-    b = static_cast<int>(index / tiles / p.heads_kv);
-    group = static_cast<int>(p.heads_q / p.heads_kv);
-    s = sequence_of(p, b);
+    head_kv = static_cast<int>(index / tiles % params.heads_kv);
+    b = static_cast<int>(index / tiles / params.heads_kv);
+    group = static_cast<int>(params.heads_q / params.heads_kv);
+    s = sequence_of(params, b);
   }
 };
 
 // Tiles with several sequences and results that are not finite are computed again. The whole block asks.
-__device__ __forceinline__ bool must_be_redone(const ZeroGateParams& p, const Part& part, bool finite) {
-  return is_token_tiled(p) && part.is_whole() && __syncthreads_or(!finite) != 0;
+__device__ __forceinline__ bool must_be_redone(const ZeroGateParams& params, const Part& part, bool finite) {
+  return is_token_tiled(params) && part.is_whole() && __syncthreads_or(!finite) != 0;
 }
 
 // dQ of one head. Whether that head is done; else another pass has begun.
 template <class T, int kHeadDim>
-__device__ __forceinline__ bool queries_pass(const ZeroGateParams& p, int tiles, int head_of_group) {
+__device__ __forceinline__ bool queries_pass(const ZeroGateParams& params, int tiles, int head_of_group) {
   using Memory = WordsMemory<T, kHeadDim>;
-  const Memory memory(p, ptx::opaque(ptx::dynamic_shared_memory()));
+  const Memory memory(params, ptx::opaque(ptx::dynamic_shared_memory()));
   using Tiles = typename Memory::Tiles;
   using Scores = typename Tiles::Scores;
   using QueryGradients = typename Tiles::QueryGradients;
-  const WordsPlace place(p, tiles);
+  const WordsPlace place(params, tiles);
   const Sequence& s = place.s;
   const int b = place.b, tile = place.tile, first = tile * Memory::kSide, warp = warp_id();
-  const int head = place.head_kv * place.group + head_of_group, head_dim = static_cast<int>(p.head_dim);
-  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
-  const PairCopies<T, kHeadDim, Tiles, true> copies{p, memory, s, b, place.head_kv};
+  const int head = place.head_kv * place.group + head_of_group, head_dim = static_cast<int>(params.head_dim);
+  const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(params);
+  const PairCopies<T, kHeadDim, Tiles, true> copies{params, memory, s, b, place.head_kv};
   const Window range = memory.key_tiles();
   const bool carries = memory.carries();
   const int steps = range.end - range.begin;
@@ -82,8 +82,8 @@ __device__ __forceinline__ bool queries_pass(const ZeroGateParams& p, int tiles,
   constexpr bool kPrefixApart = PrefixTile::kBytes <= 2 * Memory::ScoreTile::kBytes;
   const PrefixTile prefix_key{kPrefixApart ? memory.probabilities.base : memory.key.base};
   const auto copy_prefix = [&](int slot) {
-    copy_rows<kThreads>(prefix_key, head_pointer<const T>(p.prefix_key, s.prefix, place.head_kv, 0), p.prefix_key.stride_row,
-                        slot, 0, s.slots, head_dim, ptx::thread_index());
+    copy_rows<kThreads>(prefix_key, head_pointer<const T>(params.prefix_key, s.prefix, place.head_kv, 0),
+                        params.prefix_key.stride_row, slot, 0, s.slots, head_dim, ptx::thread_index());
   };
 
   const int row = QueryGradients::row(warp), column = QueryGradients::column(warp);
@@ -109,14 +109,14 @@ __device__ __forceinline__ bool queries_pass(const ZeroGateParams& p, int tiles,
       ptx::wait_async_copies<0>();
       __syncthreads();
     }
-    add_prefix_product(dquery, prefix_key, workspace, prefix_tiles(p) * kPrefixTile, b, head, first + row, slot, column);
+    add_prefix_product(dquery, prefix_key, workspace, prefix_tiles(params) * kPrefixTile, b, head, first + row, slot, column);
   }
   if (!kPrefixApart) {
     __syncthreads();
     if (steps > 0) copies.key(key_of(0));
     ptx::commit_async_copies();
   }
-  const PairRule rule = pair_rule<T, kHeadDim>(p, b, head);
+  const PairRule rule = pair_rule<T, kHeadDim>(params, b, head);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     float c[Scores::kM][Scores::kN][4], d[Scores::kM][Scores::kN][4];
@@ -143,18 +143,18 @@ __device__ __forceinline__ bool queries_pass(const ZeroGateParams& p, int tiles,
   }
 
   const Part part = memory.part.load();
-  const bool again = must_be_redone(p, part, all_finite(dquery));
-  const WordsPlace same(p, tiles);
+  const bool again = must_be_redone(params, part, all_finite(dquery));
+  const WordsPlace same(params, tiles);
   const int same_first = same.tile * Memory::kSide;
-  const float factor = static_cast<float>(p.scale) * (same.s.bad_prefix ? gate_of(p, same.s, head) : 1.0f);
+  const float factor = static_cast<float>(params.scale) * (same.s.bad_prefix ? gate_of(params, same.s, head) : 1.0f);
 #pragma unroll
   for (int m = 0; m < QueryGradients::kM && !again; ++m) {
-    store_rows<QueryGradients::kN>(head_pointer<T>(p.dquery, same.b, head, same.s.first_query), p.dquery.stride_row,
+    store_rows<QueryGradients::kN>(head_pointer<T>(params.dquery, same.b, head, same.s.first_query), params.dquery.stride_row,
                                    same_first + row + 16 * m, lower(same.s.rows, part.end), dquery[m], factor, column, head_dim,
                                    same.s.queries);
   }
   if (again || part.begin > same_first) {
-    memory.begin_pass(part_of_queries(p, same.s, again ? same.s.rows : part.begin));
+    memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));
     if (threadIdx.x == 0) memory.store_carries(false);
     __syncthreads();
     return false;
@@ -166,15 +166,15 @@ __device__ __forceinline__ bool queries_pass(const ZeroGateParams& p, int tiles,
 
 // dK and dV. Whether they are done; else another pass has begun.
 template <class T, int kHeadDim>
-__device__ __forceinline__ bool keys_pass(const ZeroGateParams& p, int tiles) {
+__device__ __forceinline__ bool keys_pass(const ZeroGateParams& params, int tiles) {
   using Memory = WordsMemory<T, kHeadDim>;
-  const Memory memory(p, ptx::opaque(ptx::dynamic_shared_memory()));
+  const Memory memory(params, ptx::opaque(ptx::dynamic_shared_memory()));
   using Tiles = typename Memory::Tiles;
   using KeyGradients = typename Tiles::KeyGradients;
-  const WordsPlace place(p, tiles);
+  const WordsPlace place(params, tiles);
   const int first = place.tile * Memory::kSide;
   const bool carried = memory.carries();
-  const PairCopies<T, kHeadDim, Tiles, true> copies{p, memory, place.s, place.b, place.head_kv};
+  const PairCopies<T, kHeadDim, Tiles, true> copies{params, memory, place.s, place.b, place.head_kv};
   float dkey[KeyGradients::kM][KeyGradients::kN][4], dvalue[KeyGradients::kM][KeyGradients::kN][4];
   set_zero(dkey);
   set_zero(dvalue);
@@ -183,18 +183,18 @@ __device__ __forceinline__ bool keys_pass(const ZeroGateParams& p, int tiles) {
     copies.value(first);
     ptx::commit_async_copies();
   }
-  add_over_queries<false>(copies, backward_workspace<T, kHeadDim>(p), first, [&] { return memory.row_tiles(); },
+  add_over_queries<false>(copies, backward_workspace<T, kHeadDim>(params), first, [&] { return memory.row_tiles(); },
                           carried ? place.tile : -1, dkey, dvalue);
   const Part part = memory.part.load();
-  const bool again = must_be_redone(p, part, all_finite(dkey) && all_finite(dvalue));
-  const WordsPlace same(p, tiles);
+  const bool again = must_be_redone(params, part, all_finite(dkey) && all_finite(dvalue));
+  const WordsPlace same(params, tiles);
   const int same_first = same.tile * Memory::kSide;
   if (!again) {
-    const PairCopies<T, kHeadDim, Tiles, true> same_copies{p, memory, same.s, same.b, same.head_kv};
+    const PairCopies<T, kHeadDim, Tiles, true> same_copies{params, memory, same.s, same.b, same.head_kv};
     store_key_gradients(same_copies, same_first, part.end, dkey, dvalue);
     if (part.begin <= same_first) return true;
   }
-  memory.begin_pass(part_of_keys(p, same.s, again ? same.s.key_rows : part.begin));
+  memory.begin_pass(part_of_keys(params, same.s, again ? same.s.key_rows : part.begin));
   if (threadIdx.x == 0) memory.store_carries(false);
   __syncthreads();
   return false;
@@ -202,24 +202,24 @@ __device__ __forceinline__ bool keys_pass(const ZeroGateParams& p, int tiles) {
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
-    backward_words_kernel(const __grid_constant__ ZeroGateParams p, int tiles) {
+    backward_words_kernel(const __grid_constant__ ZeroGateParams params, int tiles) {
   using Memory = WordsMemory<T, kHeadDim>;
-  const Memory memory(p, ptx::dynamic_shared_memory());
+  const Memory memory(params, ptx::dynamic_shared_memory());
   bool queries, keys;
   {
-    const WordsPlace place(p, tiles);
+    const WordsPlace place(params, tiles);
     const Sequence& s = place.s;
     const int first = place.tile * Memory::kSide;
-    queries = p.dquery.data != nullptr && first < s.rows;
-    keys = p.dkey.data != nullptr && first < s.key_rows;
+    queries = params.dquery.data != nullptr && first < s.rows;
+    keys = params.dkey.data != nullptr && first < s.key_rows;
     Window key_tiles{0, 0};
     if (queries && first < s.queries) {
-      const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(p);
+      const BackwardWorkspace workspace = backward_workspace<T, kHeadDim>(params);
       const Window* windows = workspace.windows + place.b * workspace.padded_rows + first;
       key_tiles.begin = ptx::load_global(windows).begin / Memory::kSide;
       key_tiles.end = (ptx::load_global(windows + Memory::kSide - 1).end + Memory::kSide - 1) / Memory::kSide;
     }
-    const Window row_tiles = keys ? row_tiles_seeing<typename Memory::Tiles>(p, s, first) : Window{0, 0};
+    const Window row_tiles = keys ? row_tiles_seeing<typename Memory::Tiles>(params, s, first) : Window{0, 0};
     // With several query heads the accumulators of dK and dV would have to wait for all of them: more than there are registers.
     const auto has_own = [&](Window range) { return place.tile >= range.begin && place.tile < range.end; };
     if (threadIdx.x == 0) {
@@ -230,10 +230,11 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     __syncthreads();
   }
 #pragma unroll 1
-  for (int head = 0; queries && head < p.heads_q / p.heads_kv;) head += queries_pass<T, kHeadDim>(p, tiles, head);
+  for (int head = 0; queries && head < params.heads_q / params.heads_kv;)
+    head += queries_pass<T, kHeadDim>(params, tiles, head);
   if (!keys) return;
 #pragma unroll 1
-  while (!keys_pass<T, kHeadDim>(p, tiles)) {
+  while (!keys_pass<T, kHeadDim>(params, tiles)) {
   }
 }
 

@@ -15,11 +15,11 @@
 namespace lak::sm80 {
 
 // Prefixes of more than 16 slots take several tiles of slots.
-__host__ __device__ inline int prefix_tiles(const ZeroGateParams& p) {
-  return p.prefix_count == 0 ? 0 : static_cast<int>((p.prefix_length + kPrefixTile - 1) / kPrefixTile);
+__host__ __device__ inline int prefix_tiles(const ZeroGateParams& params) {
+  return params.prefix_count == 0 ? 0 : static_cast<int>((params.prefix_length + kPrefixTile - 1) / kPrefixTile);
 }
-__host__ __device__ inline bool has_shared_prefix(const ZeroGateParams& p) {
-  return p.prefix_index == nullptr && p.prefix_count <= 1;
+__host__ __device__ inline bool has_shared_prefix(const ZeroGateParams& params) {
+  return params.prefix_index == nullptr && params.prefix_count <= 1;
 }
 
 // How the rows kernel is cut: a block takes tiles of rows of one head that follow each other, and leaves one partial sum of the
@@ -31,12 +31,12 @@ struct RowGrid {
   int chunks;        // blocks of one head (shared prefix: of all sequences)
   int outer;         // sequences that have blocks of their own
 
-  __host__ __device__ RowGrid(const ZeroGateParams& p, int64_t padded_rows, int rows_of_tile, int most_tiles) {
-    const Extent extent = extent_of(p);
+  __host__ __device__ RowGrid(const ZeroGateParams& params, int64_t padded_rows, int rows_of_tile, int most_tiles) {
+    const Extent extent = extent_of(params);
     tiles = static_cast<int>(padded_rows / rows_of_tile);
-    const int64_t all = has_shared_prefix(p) ? tiles * extent.sequences : tiles;
-    outer = static_cast<int>(has_shared_prefix(p) ? 1 : extent.sequences);
-    const int64_t wanted = (tiles * extent.sequences * p.heads_q + 255) / 256;
+    const int64_t all = has_shared_prefix(params) ? tiles * extent.sequences : tiles;
+    outer = static_cast<int>(has_shared_prefix(params) ? 1 : extent.sequences);
+    const int64_t wanted = (tiles * extent.sequences * params.heads_q + 255) / 256;
     tiles_a_block = static_cast<int>(wanted < 1 ? 1 : wanted < most_tiles ? wanted : most_tiles);
     chunks = static_cast<int>((all + tiles_a_block - 1) / tiles_a_block);
   }
@@ -61,11 +61,11 @@ struct BackwardWorkspace {
   RowGrid grid;
 
   // With a null base the pointers mean nothing, but `bytes` does.
-  __host__ __device__ BackwardWorkspace(const ZeroGateParams& p, int row_padding, int rows_of_tile, int most_tiles,
+  __host__ __device__ BackwardWorkspace(const ZeroGateParams& params, int row_padding, int rows_of_tile, int most_tiles,
                                         int word_tile, int element, bool adds_dquery)
-      : padded_rows((extent_of(p).rows + row_padding - 1) / row_padding * row_padding), heads(p.heads_q), head_dim(p.head_dim),
-        grid(p, padded_rows, rows_of_tile, most_tiles) {
-    char* next = static_cast<char*>(p.workspace);
+      : padded_rows((extent_of(params).rows + row_padding - 1) / row_padding * row_padding), heads(params.heads_q),
+        head_dim(params.head_dim), grid(params, padded_rows, rows_of_tile, most_tiles) {
+    char* next = static_cast<char*>(params.workspace);
     int64_t used = 0;
     const auto take = [&](int64_t count, int64_t size) {
       char* piece = next + used;
@@ -73,13 +73,13 @@ struct BackwardWorkspace {
       return piece;
     };
     const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
-    const Extent extent = extent_of(p);
+    const Extent extent = extent_of(params);
     const int64_t rows = extent.sequences * heads * padded_rows;
-    const int64_t partial_sums = p.dgate == nullptr ? 0 : grid.outer * heads * grid.chunks;
-    const bool words = p.dquery.data != nullptr || p.dkey.data != nullptr;
-    const int64_t tiles = prefix_tiles(p);
+    const int64_t partial_sums = params.dgate == nullptr ? 0 : grid.outer * heads * grid.chunks;
+    const bool words = params.dquery.data != nullptr || params.dkey.data != nullptr;
+    const int64_t tiles = prefix_tiles(params);
     const int64_t most = extent.rows > extent.keys ? extent.rows : extent.keys;
-    const int64_t word_blocks = (most + word_tile - 1) / word_tile * p.heads_kv * extent.sequences;
+    const int64_t word_blocks = (most + word_tile - 1) / word_tile * params.heads_kv * extent.sequences;
     parts = reinterpret_cast<Window*>(take(words && !adds_dquery ? word_blocks * kWindowsOfBlock : 0, sizeof(Window)));
     shift = floats(words ? rows : 0);
     rest = floats(words && element == 4 ? rows : 0);
@@ -88,10 +88,10 @@ struct BackwardWorkspace {
     prefix_rest = floats(tiles > 1 ? rows : 0);
     prefix_delta = floats(tiles > 1 ? rows : 0);
     windows = reinterpret_cast<Window*>(take(words ? extent.sequences * padded_rows : 0, sizeof(Window)));
-    dscores = take(p.dquery.data != nullptr ? rows * tiles * kPrefixTile : 0, element);
+    dscores = take(params.dquery.data != nullptr ? rows * tiles * kPrefixTile : 0, element);
     dquery = floats(adds_dquery ? rows * head_dim : 0);
     dgate = floats(partial_sums);
-    dprefix = floats(partial_sums * 2 * p.prefix_length * head_dim);
+    dprefix = floats(partial_sums * 2 * params.prefix_length * head_dim);
     bytes = used > 0 ? used : 16;  // never none, so that a workspace that is missing is always an error
   }
 
@@ -108,17 +108,17 @@ struct BackwardWorkspace {
 // Of long sequences several blocks share the keys of a query where they may, and add dQ with atomics, which costs memory traffic
 // but no product twice. Else every block computes the scores of its queries and those of its keys (backward/words.h).
 template <class T, int kHeadDim>
-__host__ __device__ bool adds_dquery(const ZeroGateParams& p) {
-  return kIsTuned<T, kHeadDim> && p.deterministic == 0 && p.dquery.data != nullptr && p.dkey.data != nullptr &&
-         p.seq_k > kLongSequence && !is_token_tiled(p) && !needs_elementwise_scores(p);
+__host__ __device__ bool adds_dquery(const ZeroGateParams& params) {
+  return kIsTuned<T, kHeadDim> && params.deterministic == 0 && params.dquery.data != nullptr && params.dkey.data != nullptr &&
+         params.seq_k > kLongSequence && !is_token_tiled(params) && !needs_elementwise_scores(params);
 }
 
 template <class T, int kHeadDim>
-__host__ __device__ BackwardWorkspace backward_workspace(const ZeroGateParams& p) {
+__host__ __device__ BackwardWorkspace backward_workspace(const ZeroGateParams& params) {
   using Tiles = RowTiles<T, kHeadDim>;
-  const bool adds = adds_dquery<T, kHeadDim>(p);
-  return BackwardWorkspace(p, adds ? 128 : 64, Tiles::kRows, Tiles::kMostTilesOfBlock, WordTiles<T, kHeadDim, kWarps>::kRows,
-                           sizeof(T), adds);
+  const bool adds = adds_dquery<T, kHeadDim>(params);
+  return BackwardWorkspace(params, adds ? 128 : 64, Tiles::kRows, Tiles::kMostTilesOfBlock,
+                           WordTiles<T, kHeadDim, kWarps>::kRows, sizeof(T), adds);
 }
 
 }  // namespace lak::sm80

@@ -8,19 +8,19 @@ namespace lak::sm80 {
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(const __grid_constant__ ZeroGateParams p, int splits, int row_tiles) {
+    combine_kernel(const __grid_constant__ ZeroGateParams params, int splits, int row_tiles) {
   constexpr int kPerLane = kHeadDim / 32;
-  const int lane = lane_id(), head_dim = static_cast<int>(p.head_dim);
+  const int lane = lane_id(), head_dim = static_cast<int>(params.head_dim);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
-  if (index >= p.batch * p.heads_q * p.seq_q) return; // a whole warp at a time
-  const int query = static_cast<int>(index % p.seq_q), head = static_cast<int>(index / p.seq_q % p.heads_q);
-  const int b = static_cast<int>(index / p.seq_q / p.heads_q);
-  const int group = static_cast<int>(p.heads_q / p.heads_kv), head_kv = head / group;
-  const Sequence s = sequence_of(p, b);
+  if (index >= params.batch * params.heads_q * params.seq_q) return; // a whole warp at a time
+  const int query = static_cast<int>(index % params.seq_q), head = static_cast<int>(index / params.seq_q % params.heads_q);
+  const int b = static_cast<int>(index / params.seq_q / params.heads_q);
+  const int group = static_cast<int>(params.heads_q / params.heads_kv), head_kv = head / group;
+  const Sequence s = sequence_of(params, b);
 
-  const DecodePartials partials(p, splits, row_tiles);
+  const DecodePartials partials(params, splits, row_tiles);
   const int row = query * group + head % group;
-  const int64_t tile = (static_cast<int64_t>(b) * p.heads_kv + head_kv) * row_tiles + row / kDecodeRows;
+  const int64_t tile = (static_cast<int64_t>(b) * params.heads_kv + head_kv) * row_tiles + row / kDecodeRows;
   const int64_t first = tile * splits * kDecodeRows + row % kDecodeRows;
   float most = -kInfinity, total = 0.0f, output[kPerLane] = {};
   for (int split = 0; split < splits; ++split) {
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float factor = total > 0.0f ? 1.0f / total : 0.0f;
 
-  const float gate = gate_of(p, s, head);
-  T* result = head_pointer<T>(p.output, b, head, query);
+  const float gate = gate_of(params, s, head);
+  T* result = head_pointer<T>(params.output, b, head, query);
   const float* prefix = partials.prefix + (tile * kDecodeRows + row % kDecodeRows) * head_dim;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {

@@ -36,13 +36,14 @@ struct DecodeMemory {
 // gate softmax(scale Q Kp^T) Vp for the 16 rows, by one warp: float32 [16, D]
 // at `to`, which may be where its tiles are.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void decode_prefix(const ZeroGateParams& p, const Sequence& s, int head_kv, int first_row,
+__device__ __forceinline__ void decode_prefix(const ZeroGateParams& params, const Sequence& s, int head_kv, int first_row,
                                               SharedTile<T, kDecodeRows, kHeadDim> query,
                                               SharedTile<T, kDecodeRows, kHeadDim> key,
                                               SharedTile<T, kDecodeRows, kHeadDim> value, uint32_t to) {
   constexpr int kD = kHeadDim / 8;
-  const int lane = lane_id(), head_dim = static_cast<int>(p.head_dim), group = static_cast<int>(p.heads_q / p.heads_kv);
-  const float scale_log2 = score_rule(p, 0, 0).scale_log2;
+  const int lane = lane_id(), head_dim = static_cast<int>(params.head_dim),
+            group = static_cast<int>(params.heads_q / params.heads_kv);
+  const float scale_log2 = score_rule(params, 0, 0).scale_log2;
   using Tile = SharedTile<T, kDecodeRows, kHeadDim>;
   const auto copy = [&](const Tile& tile, const TensorView& from, int slot) {
     const T* rows = head_pointer<const T>(from, s.prefix, head_kv, 0);
@@ -56,8 +57,8 @@ __device__ __forceinline__ void decode_prefix(const ZeroGateParams& p, const Seq
   set_zero(output);
   for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
     __syncwarp(); // every lane is done with the tiles
-    copy(key, p.prefix_key, slot);
-    copy(value, p.prefix_value, slot);
+    copy(key, params.prefix_key, slot);
+    copy(value, params.prefix_value, slot);
     ptx::commit_async_copies();
     ptx::wait_async_copies<0>();
     __syncwarp();
@@ -78,7 +79,7 @@ __device__ __forceinline__ void decode_prefix(const ZeroGateParams& p, const Seq
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
-    const float factor = gate_of(p, s, head_kv * group + (first_row + row) % group) / row_sum(total[0][half]);
+    const float factor = gate_of(params, s, head_kv * group + (first_row + row) % group) / row_sum(total[0][half]);
 #pragma unroll
     for (int n = 0; n < kD; ++n) {
       ptx::store_shared(to + (row * kHeadDim + 8 * n + lane % 4 * 2) * 4,
@@ -89,7 +90,7 @@ __device__ __forceinline__ void decode_prefix(const ZeroGateParams& p, const Seq
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
-    decode_kernel(const __grid_constant__ ZeroGateParams p, int splits, int row_tiles) {
+    decode_kernel(const __grid_constant__ ZeroGateParams params, int splits, int row_tiles) {
   using Memory = DecodeMemory<T, kHeadDim>;
   using Tile = typename Memory::Tile;
   constexpr int kD = kHeadDim / 8, kStages = Memory::kStages, kWarpsHere = Memory::kWarpsHere;
@@ -97,10 +98,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   const int split = static_cast<int>(blockIdx.x % splits);
   const int tile = static_cast<int>(blockIdx.x / splits); // of (sequence, kv head, rows)
   const int row_tile = tile % row_tiles;
-  const int head_kv = tile / row_tiles % static_cast<int>(p.heads_kv);
-  const int b = tile / row_tiles / static_cast<int>(p.heads_kv);
-  const int group = static_cast<int>(p.heads_q / p.heads_kv), head_dim = static_cast<int>(p.head_dim);
-  const Sequence s = sequence_of(p, b);
+  const int head_kv = tile / row_tiles % static_cast<int>(params.heads_kv);
+  const int b = tile / row_tiles / static_cast<int>(params.heads_kv);
+  const int group = static_cast<int>(params.heads_q / params.heads_kv), head_dim = static_cast<int>(params.head_dim);
+  const Sequence s = sequence_of(params, b);
   const int lane = lane_id(), warp = warp_id();
   const int rows = s.queries * group; // row = query * group + head in the group
 
@@ -119,13 +120,14 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   for (int index = threadIdx.x; index < kDecodeRows * Tile::kChunks; index += 32 * kWarpsHere) {
     const int r = index / Tile::kChunks, c = index % Tile::kChunks, row = row_tile * kDecodeRows + r;
     const bool valid = row < rows && c * Tile::kChunk < head_dim;
-    const T* source = head_pointer<const T>(p.query, b, head_kv * group + (valid ? row % group : 0), valid ? row / group : 0);
+    const T* source =
+        head_pointer<const T>(params.query, b, head_kv * group + (valid ? row % group : 0), valid ? row / group : 0);
     ptx::copy_async_16(query.chunk(r, c), valid ? source + c * Tile::kChunk : source, valid);
   }
   ptx::commit_async_copies();
 
-  const T* key = head_pointer<const T>(p.key, b, head_kv, s.first_key);
-  const T* value = head_pointer<const T>(p.value, b, head_kv, s.first_key);
+  const T* key = head_pointer<const T>(params.key, b, head_kv, s.first_key);
+  const T* value = head_pointer<const T>(params.value, b, head_kv, s.first_key);
   const auto copy = [&](int stage, int at) {
     const Tile tiles[2] = {ring(stage, 0), ring(stage, 1)};
 #pragma unroll
@@ -133,8 +135,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
       const int index = i * 32 + lane, r = index / Tile::kChunks, c = index % Tile::kChunks;
       const bool valid = at + r < end_key && c * Tile::kChunk < head_dim;
       const int64_t row = valid ? at + r : 0, column = valid ? c * Tile::kChunk : 0;
-      ptx::copy_async_16(tiles[0].chunk(r, c), key + row * p.key.stride_row + column, valid);
-      ptx::copy_async_16(tiles[1].chunk(r, c), value + row * p.value.stride_row + column, valid);
+      ptx::copy_async_16(tiles[0].chunk(r, c), key + row * params.key.stride_row + column, valid);
+      ptx::copy_async_16(tiles[1].chunk(r, c), value + row * params.value.stride_row + column, valid);
     }
     ptx::commit_async_copies();
   };
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   ptx::wait_async_copies<kStages>();
   __syncthreads(); // Q
 
-  const ScoreRule rule = score_rule(p, b, 0);
+  const ScoreRule rule = score_rule(params, b, 0);
   float output[1][kD][4], largest[2] = {-kInfinity, -kInfinity}, total[2] = {0.0f, 0.0f};
   set_zero(output);
   int stage = 0;
@@ -215,10 +217,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
   }
   const bool has_prefix = split == 0 && s.slots > 0;
   if (has_prefix && warp == 0) {
-    decode_prefix<T, kHeadDim>(p, s, head_kv, row_tile * kDecodeRows, query, ring(0, 0), ring(0, 1), prefix);
+    decode_prefix<T, kHeadDim>(params, s, head_kv, row_tile * kDecodeRows, query, ring(0, 0), ring(0, 1), prefix);
   }
   __syncthreads();
-  const DecodePartials partials(p, splits, row_tiles);
+  const DecodePartials partials(params, splits, row_tiles);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
   for (int index = threadIdx.x * 2; index < kDecodeRows * head_dim; index += 64 * kWarpsHere) {
     const int r = index / head_dim, column = index % head_dim, row = row_tile * kDecodeRows + r;
@@ -248,8 +250,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
       }
     } else if (row < rows) {
       const int head = head_kv * group + row % group;
-      const float factor = sum > 0.0f ? 1.0f / sum : 0.0f, bad = s.bad_prefix ? gate_of(p, s, head) : 1.0f;
-      store_pair(head_pointer<T>(p.output, b, head, row / group) + column, (values.x * factor + gated.x) * bad,
+      const float factor = sum > 0.0f ? 1.0f / sum : 0.0f, bad = s.bad_prefix ? gate_of(params, s, head) : 1.0f;
+      store_pair(head_pointer<T>(params.output, b, head, row / group) + column, (values.x * factor + gated.x) * bad,
                  (values.y * factor + gated.y) * bad);
     }
   }

@@ -7,16 +7,16 @@
 namespace lak::sm80 {
 
 template <class T, int kHeadDim>
-int launch_decode(const ZeroGateParams& p, cudaStream_t stream) {
-  const DecodeSplits grid(p);
-  const int64_t rows = p.batch * p.heads_q * p.seq_q;
+int launch_decode(const ZeroGateParams& params, cudaStream_t stream) {
+  const DecodeSplits grid(params);
+  const int64_t rows = params.batch * params.heads_q * params.seq_q;
   if (rows == 0) return kLakSuccess;
-  if (p.workspace == nullptr) return kLakNoWorkspace;
+  if (params.workspace == nullptr) return kLakNoWorkspace;
   const int splits = static_cast<int>(grid.splits), row_tiles = static_cast<int>(grid.row_tiles);
   const int code = launch<decode_kernel<T, kHeadDim>, DecodeMemory<T, kHeadDim>::kBytes>(
-      grid.blocks(p), 32 * kDecodeWarps<T, kHeadDim>, stream, p, splits, row_tiles);
+      grid.blocks(params), 32 * kDecodeWarps<T, kHeadDim>, stream, params, splits, row_tiles);
   if (code != kLakSuccess || splits == 1) return code;
-  return launch<combine_kernel<T, kHeadDim>>(ceil_div(rows, kWarps), kThreads, stream, p, splits, row_tiles);
+  return launch<combine_kernel<T, kHeadDim>>(ceil_div(rows, kWarps), kThreads, stream, params, splits, row_tiles);
 }
 
 } // namespace lak::sm80

@@ -19,18 +19,19 @@ struct DecodeSplits {
 
   // As many splits as fill the current device about twice, none of them shorter
   // than 256 keys of the cache's memory.
-  explicit DecodeSplits(const ZeroGateParams& p) : row_tiles(ceil(p.seq_q * (p.heads_q / p.heads_kv), kDecodeRows)), splits(1) {
+  explicit DecodeSplits(const ZeroGateParams& params)
+      : row_tiles(ceil(params.seq_q * (params.heads_q / params.heads_kv), kDecodeRows)), splits(1) {
     int device = 0, multiprocessors = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
       multiprocessors = 1;
     }
-    const int64_t tiles = p.batch * p.heads_kv * row_tiles;
-    const int64_t wanted = ceil(2 * multiprocessors, tiles > 0 ? tiles : 1), most = ceil(p.seq_k, 256);
+    const int64_t tiles = params.batch * params.heads_kv * row_tiles;
+    const int64_t wanted = ceil(2 * multiprocessors, tiles > 0 ? tiles : 1), most = ceil(params.seq_k, 256);
     if (wanted > 1 && most > 1) splits = wanted < most ? wanted : most;
   }
 
-  int64_t blocks(const ZeroGateParams& p) const { return p.batch * p.heads_kv * row_tiles * splits; }
+  int64_t blocks(const ZeroGateParams& params) const { return params.batch * params.heads_kv * row_tiles * splits; }
 
  private:
   static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,13 +45,13 @@ struct DecodePartials {
   int64_t bytes;
 
   // With a null base the pointers mean nothing, but `bytes` does.
-  __host__ __device__ DecodePartials(const ZeroGateParams& p, int64_t splits, int64_t row_tiles) {
-    const int64_t rows = p.batch * p.heads_kv * row_tiles * splits * kDecodeRows;
-    output = static_cast<float*>(p.workspace);
-    prefix = output + rows * p.head_dim;
-    largest = prefix + rows / splits * p.head_dim;
+  __host__ __device__ DecodePartials(const ZeroGateParams& params, int64_t splits, int64_t row_tiles) {
+    const int64_t rows = params.batch * params.heads_kv * row_tiles * splits * kDecodeRows;
+    output = static_cast<float*>(params.workspace);
+    prefix = output + rows * params.head_dim;
+    largest = prefix + rows / splits * params.head_dim;
     total = largest + rows;
-    bytes = (rows * (p.head_dim + 2) + rows / splits * p.head_dim) * static_cast<int64_t>(sizeof(float));
+    bytes = (rows * (params.head_dim + 2) + rows / splits * params.head_dim) * static_cast<int64_t>(sizeof(float));
   }
 };
 
