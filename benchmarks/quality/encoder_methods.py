@@ -61,11 +61,11 @@ def _names(encoder: nn.Module, last: str) -> bool:
     return any(name.rpartition(".")[2] == last for name, _ in encoder.named_modules())
 
 
-PROMPT_RATES = (3e-3, 1e-2, 3e-2)
+PROMPT_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = {
     "zero-gate": Method("zero-init gates (this package)", PROMPT_RATES, _zero_gates),
-    "full": Method("full fine-tuning", (1e-4, 3e-4, 1e-3), _everything),
+    "full": Method("full fine-tuning", (3e-5, 1e-4, 3e-4, 1e-3), _everything),
     "head": Method("head only", PROMPT_RATES, _head_only),
-    "lora": Method("LoRA (PEFT)", (1e-3, 3e-3, 1e-2), _lora),
+    "lora": Method("LoRA (PEFT)", (3e-4, 1e-3, 3e-3, 1e-2), _lora),
     "prefix-tuning": Method("prefix tuning", PROMPT_RATES, _prefix_tuning),
 }

@@ -17,7 +17,7 @@ from llama_adapter_kernels.training.tokens import IGNORED_LABEL, Example, prompt
 
 MAIN = (30, 10)  # layers and length of prompts; fewer layers where the model has fewer
 LAYERS, LENGTHS = (8, 16, 24, 30), (1, 10, 30)
-CURVE_POINTS = 6  # of the validation loss while training
+CURVE_POINTS = 4  # of the validation loss while training
 PAD_TO = 64  # lengths of padded batches are multiples of this: few different shapes
 ANSWERED_BY = ("zero-gate", "lora-r8", "full")
 
@@ -28,6 +28,7 @@ class LanguageTask:
 
     Args:
         rows_at_once: of a forward and backward pass; a step adds them up.
+        autocast: weights stay float32, products are computed in bfloat16.
     """
 
     model: str
@@ -40,6 +41,7 @@ class LanguageTask:
     test: int = 256
     rows_at_once: int = 16
     new_tokens: int = 48
+    autocast: bool = False
     methods: tuple[str, ...] = tuple(METHODS)
     _loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -48,23 +50,26 @@ class LanguageTask:
 
     def about(self) -> dict[str, Any]:
         names = ("steps", "batch", "max_length", "validation", "test")
-        rates = {name: METHODS[name].rates for name in self.methods}
+        rates = {name: METHODS[METHODS[name].rate_of or name].rates for name in self.methods}
         return {name: getattr(self, name) for name in names} | {
-            "model": Path(self.model).name, "data": self.data.name, "dtype": "float32",
+            "model": Path(self.model).name, "data": self.data.name,
+            "dtype": "bfloat16 with float32 weights (autocast)" if self.autocast else "float32",
             "rates": {name: list(values) for name, values in rates.items()},
+            "rate_of": {name: METHODS[name].rate_of for name in self.methods if METHODS[name].rate_of in self.methods},
             "titles": {name: METHODS[name].title for name in self.methods},
         }  # fmt: skip
 
     # ---- what is run ----
 
     def plan(self, finished: Sequence[Result]) -> Iterator[tuple[int, Run]]:
-        grids = {name: grid("language", name, METHODS[name].rates, **self._form(name)) for name in self.methods}
+        searched = [name for name in self.methods if METHODS[name].rate_of not in self.methods]
+        grids = {name: grid("language", name, METHODS[name].rates, **self._form(name)) for name in searched}
+        for runs in grids.values():
+            yield from ((0, run) for run in runs)
         for name in self.methods:
-            yield from ((0, run) for run in grids[name])
-        for name in self.methods:
-            rate = best_rate(grids[name], finished)
+            rate = best_rate(grids[name if name in searched else METHODS[name].rate_of], finished)
             if rate is not None:
-                yield from ((1, Run("language", name, rate, seed, **self._form(name))) for seed in SEEDS[1:])
+                yield from ((1, Run("language", name, rate, seed, **self._form(name))) for seed in SEEDS)
         rate = best_rate(grids["zero-gate"], finished) if "zero-gate" in grids else None
         if rate is not None:
             most = self._form("zero-gate")["layers"]
@@ -131,7 +136,8 @@ class LanguageTask:
             live = sum(label >= 0 for row in rows for label in row.labels)
             total = torch.zeros((), device=self.device)
             for part in _parts(rows, self.rows_at_once):
-                loss = response_loss(model, head, padded(part, self.device)) / live
+                with self._precision():
+                    loss = response_loss(model, head, padded(part, self.device)) / live
                 loss.backward()
                 total += loss.detach()
             optimizer.step()
@@ -149,9 +155,13 @@ class LanguageTask:
         total, count = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for part in _parts(sorted(examples, key=len), 2 * self.rows_at_once):
             check_time(deadline)
-            total += response_loss(model, head, padded(part, self.device)).double()
+            with self._precision():
+                total += response_loss(model, head, padded(part, self.device)).double()
             count += sum(label >= 0 for row in part for label in row.labels)
         return round(float(total) / count, 5)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast)
 
     @torch.no_grad()
     def _answers(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[str]:

@@ -22,12 +22,14 @@ class Method:
         rates: among which the learning rate is chosen.
         prepare: (model, run) -> what to call in place of the model; requires_grad says what is trained.
         prompts: whether `Run.layers` and `Run.length` mean anything to it.
+        rate_of: the method whose learning rate it takes, because it is to differ from that one in one thing alone.
     """
 
     title: str
     rates: tuple[float, ...]
     prepare: Callable[[Any, Run], Any]
     prompts: bool = False
+    rate_of: str = ""
 
 
 def _zero_gates(model: Any, run: Run) -> Any:
@@ -74,12 +76,12 @@ def _everything(model: Any, run: Run) -> Any:
 # With SmolLM2-135M's 30 layers, 9 and 3 heads of 64: a zero-gate adapter of length 10 has 173,070 parameters, prefix tuning
 # of 15 tokens and LoRA of rank 3 on query and value have 172,800 each, LoRA of rank 8 has 460,800.
 PREFIX_TUNING_TOKENS = 15
-PROMPT_RATES = (1e-2, 3e-2, 1e-1)
+PROMPT_RATES = (3e-2, 1e-1, 3e-1)
 METHODS = {
     "zero-gate": Method("zero-init gates (this package)", PROMPT_RATES, _zero_gates, prompts=True),
-    "random-gate": Method("random gates", PROMPT_RATES, _random_gates, prompts=True),
-    "no-gate": Method("no gate: prompts in one softmax", PROMPT_RATES, _no_gate, prompts=True),
-    "lora-r3": Method("LoRA r3, as many parameters", (3e-3, 1e-2, 3e-2), _lora(3)),
+    "random-gate": Method("random gates", PROMPT_RATES, _random_gates, prompts=True, rate_of="zero-gate"),
+    "no-gate": Method("no gate: prompts in one softmax", PROMPT_RATES, _no_gate, prompts=True, rate_of="zero-gate"),
+    "lora-r3": Method("LoRA r3, as many parameters", (3e-3, 1e-2, 3e-2), _lora(3), rate_of="lora-r8"),
     "lora-r8": Method("LoRA r8", (3e-3, 1e-2, 3e-2), _lora(8)),
     "prefix-tuning": Method("prefix tuning", PROMPT_RATES, _prefix_tuning),
     "full": Method("full fine-tuning", (3e-5, 1e-4, 3e-4), _everything),

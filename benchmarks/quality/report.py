@@ -29,12 +29,15 @@ def chosen(recorded: dict[str, Any], task: str) -> dict[str, list[Result]]:
 
     Of a method with prompts those of the main form (layers and length) alone.
     """
+    about = recorded["tasks"][task]
     runs = [run for run in recorded["runs"] if run["task"] == task]
     found = {}
-    for method, rates in recorded["tasks"][task]["rates"].items():
+    for method, rates in about["rates"].items():
         mine = [run for run in runs if run["method"] == method]
+        searched = about.get("rate_of", {}).get(method, method)
+        grid = [run for run in runs if run["method"] == searched]
+        rate = best_rate([Run(task, searched, rate, 0, *main_form(grid)) for rate in rates], grid)
         form = main_form(mine)
-        rate = best_rate([Run(task, method, rate, 0, *form) for rate in rates], mine)
         same = [run for run in mine if run["rate"] == rate and (run["layers"], run["length"]) == form]
         if kept := [run for run in same if "error" not in run]:
             found[method] = sorted(kept, key=lambda run: run["seed"])

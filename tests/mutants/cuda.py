@@ -22,6 +22,9 @@ EDGES = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "
 PATHS = ("tests/cuda/test_cuda_paths.py",)
 DECODE = ("tests/cuda/test_cuda_emulated.py", "-k", "test_decode")
 OFFSETS = ("tests/cuda/test_cuda_edges.py", "-k", "offsets or promised")
+WINDOWS = ("tests/cuda/test_cuda_edges.py", "-k", "windows or outside_of")
+BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
+ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
 TAILS = ("tests/cuda/test_cuda_edges.py", "-k", "tail")
 NOT_FINITE = ("tests/cuda/test_cuda_not_finite.py",)
 
@@ -107,8 +110,25 @@ MUTANTS = [
     shared("problem", "the first query that sees a key", "lower(higher(first - s.diagonal, 0), s.queries)", "lower(higher(first - s.diagonal + 64, 0), s.queries)"),
     shared("problem", "the last query that sees a key of a tile", "sequence_holding(params.cu_seqlens_k, params.batch, last) + 1, params.total_q)};", "sequence_holding(params.cu_seqlens_k, params.batch, first) + 1, params.total_q)};", PATHS),
     shared("problem", "offsets past the tokens", "clamp(ptx::load_global(cu_seqlens + at), 0, total)", "ptx::load_global(cu_seqlens + at)", OFFSETS),
+    shared("problem", "a window's end past the keys", "clamp(ptx::load_global(params.key_end + b), 0, s.keys)", "ptx::load_global(params.key_end + b)", WINDOWS),
+    shared("problem", "a window's start before the keys", "clamp(ptx::load_global(params.key_start + b), 0, s.keys)", "ptx::load_global(params.key_start + b)", WINDOWS),
+    shared("problem", "queries of a sequence longer than promised", "clamp(offset_at(params.cu_seqlens_q, b + 1, params.total_q) - s.first_query, 0, params.seq_q)", "(offset_at(params.cu_seqlens_q, b + 1, params.total_q) - s.first_query)", OFFSETS),
+    shared("problem", "keys of a sequence longer than promised", "clamp(offset_at(params.cu_seqlens_k, b + 1, params.total_k) - s.first_key, 0, params.seq_k)", "(offset_at(params.cu_seqlens_k, b + 1, params.total_k) - s.first_key)", OFFSETS),
+    shared("problem", "an entry outside of the prefix table is no prefix", "s.bad_prefix = entry < -1 || entry >= params.prefix_count;", "s.bad_prefix = false;", BAD_PREFIX),
+    shared("problem", "the gate of a bad prefix is a number", "if (s.bad_prefix) return std::numeric_limits<float>::quiet_NaN();", "if (s.bad_prefix) return 0.0f;", BAD_PREFIX),
+    forward("a bad prefix leaves the output as it is", "s.bad_prefix ? gate : 1.0f", "1.0f", BAD_PREFIX),
+    shared("sm80/fragments", "rows before the first one are copied", "begin = first + own - low;", "begin = first + own;", WINDOWS),
+    shared("sm80/fragments", "rows after the last one are copied", "low < high ? high - low : 0", "low < high ? high - low + 1 : 0", WINDOWS),
+    shared("sm80/zero_tail", "dK keeps what memory held", "clear(params.dkey, params.heads_kv, params.cu_seqlens_k, params.total_k);", "", TAILS),
+    shared("sm80/zero_tail", "dV keeps what memory held", "clear(params.dvalue, params.heads_kv, params.cu_seqlens_k, params.total_k);", "", TAILS),
+    shared("sm80/zero_tail", "dQ keeps what memory held", "clear(params.dquery, params.heads_q, params.cu_seqlens_q, params.total_q);", "", TAILS),
+    shared("sm80/zero_tail", "the output keeps what memory held", "clear(params.output, params.heads_q, params.cu_seqlens_q, params.total_q);", "", TAILS),
+    shared("sm80/zero_tail", "the log-sum-exp keeps what memory held", "* params.logsumexp.stride_head + row, -kInfinity);", "* params.logsumexp.stride_head + row, 0.0f);", TAILS),
+    backward("workspace", "the order of sums is not kept where it was asked for", "params.deterministic == 0 && ", "", ORDER),
     shared("problem", "a part begins with the next sequence", "const int last = higher(lower(end, s.queries) - 1, 0)", "const int last = higher(lower(end, s.queries) - 2, 0)", NOT_FINITE),
     backward("rows", "barrier before a tile", "__syncthreads();  // the tile is there", "// "),
+    backward("rows", "wait for a tile", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the tile is there", "__syncthreads();  // the tile is there"),
+    backward("rows", "a block ends while copies are in flight", "ptx::wait_async_copies<0>();\n\n  if (params.dgate", "\n  if (params.dgate"),
     backward("rows", "gate's part stays in D_w", "- gate * prefix_delta[half];", ";"),
     backward("rows", "dgate's sign", "dgate += prefix_delta[half];", "dgate -= prefix_delta[half];"),
     backward("rows", "the prefix's dS without D_p", "c[0][n][e] * (d[0][n][e] - prefix_delta[half]);", "c[0][n][e] * d[0][n][e];"),
@@ -122,6 +142,9 @@ MUTANTS = [
     backward("pair", "barrier before P and dS", "__syncthreads();  // P and dS are there", "// "),
     backward("pair", "barrier after Q", "__syncthreads();  // every warp is done with Q", "// "),
     backward("pair", "barrier before the next Q", "__syncthreads();  // the next Q is there", "// "),
+    backward("pair", "wait for dO", "ptx::wait_async_copies<0>();\n      __syncthreads();  // dO is there", "__syncthreads();  // dO is there"),
+    backward("pair", "wait for the next Q", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the next Q", "__syncthreads();  // the next Q"),
+    backward("pair", "a block ends while copies are in flight", "ptx::wait_async_copies<0>();  // K and V of keys that no query sees", ""),
     backward("pair", "keys before a window", "at < last.begin || at + 8 * kN > first.end", "at + 8 * kN > first.end", PATHS),
     backward("pair", "keys after a window", "at < last.begin || at + 8 * kN > first.end", "at < last.begin"),
     backward("pair", "dK without scale", "store(params.dkey, dkey, static_cast<float>(params.scale));", "store(params.dkey, dkey, 1.0f);"),
@@ -129,11 +152,17 @@ MUTANTS = [
     backward("words", "barrier before K", "__syncthreads();  // K is there", "// "),
     backward("words", "barrier before dS", "__syncthreads();  // dS is there", "// "),
     backward("words", "barrier before the next V", "__syncthreads();  // the next V is there", "// "),
+    backward("words", "wait for K", "ptx::wait_async_copies<0>();\n    __syncthreads();  // K is there", "__syncthreads();  // K is there"),
+    backward("words", "wait for the next V", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the next V", "__syncthreads();  // the next V"),
+    backward("words", "wait for Q, dO and the first V", "ptx::wait_async_copies<1>();", ""),
     backward("words", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace,", "if (slot > 0) add_prefix_product(dquery, prefix_key, workspace,"),
     backward("words", "NaN leaves its sequence", "__syncthreads_or(!finite) != 0;", "__syncthreads_or(!finite) > 1;", NOT_FINITE),
     backward("words", "the pair of a part is carried on", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));\n    if (threadIdx.x == 0) memory.store_carries(false);", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));", NOT_FINITE),
     backward("keys", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace, stride, b, head, row, slot, 0);", "", PATHS),
     backward("keys", "dQ without scale", "static_cast<float>(params.scale) * (s.bad_prefix", "1.0f * (s.bad_prefix", PATHS),
+    backward("keys", "wait for the prefix", "ptx::wait_async_copies<0>();", "", PATHS),
+    backward("keys", "a bad prefix leaves dQ as it is", "s.bad_prefix ? gate_of(params, s, head) : 1.0f", "1.0f", BAD_PREFIX),
+    backward("words", "a bad prefix leaves dQ as it is", "same.s.bad_prefix ? gate_of(params, same.s, head) : 1.0f", "1.0f", BAD_PREFIX),
     backward("sums", "entries of the prefix table are mixed up", "return s.slots > 0 && s.prefix == entry;", "return s.slots > 0;"),
     backward("sums", "the first head of a group alone", "i < group * grid.chunks; ++i) {", "i < grid.chunks; ++i) {"),
 ]
