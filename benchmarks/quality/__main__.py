@@ -9,9 +9,9 @@ from benchmarks.quality.encoders import EncoderTask
 from benchmarks.quality.language import LanguageTask
 from benchmarks.quality.runs import Task, compare
 
-# Of the language model: 1,280 rows on a GPU, 160 shorter ones on a CPU, where a run then takes a minute or two.
+# Of the language model: 1,280 rows on a GPU, 128 shorter ones on a CPU, where a run then takes a minute or two.
 GPU_SIZES = {"steps": 80, "batch": 16, "max_length": 256, "validation": 64, "test": 256, "rows_at_once": 16}
-CPU_SIZES = {"steps": 20, "batch": 8, "max_length": 192, "validation": 24, "test": 96, "rows_at_once": 4}
+CPU_SIZES = {"steps": 16, "batch": 8, "max_length": 192, "validation": 16, "test": 64, "rows_at_once": 8}
 
 
 def tasks_of(options: argparse.Namespace) -> dict[str, Task]:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="no run begins or goes on after that")
     parser.add_argument("--jobs", type=int, help="processes at a time; default: 5 on a GPU, 2 on a CPU")
     parser.add_argument(
-        "--steps", type=int, help="of the language model; default: 80 of 16 rows on a GPU, 20 of 8 on a CPU"
+        "--steps", type=int, help="of the language model; default: 80 of 16 rows on a GPU, 16 of 8 on a CPU"
     )
     parser.add_argument(
         "--autocast", action="store_true", help="the language model computes in bfloat16, weights in float32"

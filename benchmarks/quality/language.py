@@ -17,7 +17,7 @@ from llama_adapter_kernels.training.tokens import IGNORED_LABEL, Example, prompt
 
 MAIN = (30, 10)  # layers and length of prompts; fewer layers where the model has fewer
 LAYERS, LENGTHS = (8, 16, 24, 30), (1, 10, 30)
-CURVE_POINTS = 4  # of the validation loss while training
+CURVE_POINTS = 2  # of the validation loss while training
 PAD_TO = 64  # lengths of padded batches are multiples of this: few different shapes
 ANSWERED_BY = ("zero-gate", "lora-r8", "full")
 

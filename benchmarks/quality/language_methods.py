@@ -76,7 +76,7 @@ def _everything(model: Any, run: Run) -> Any:
 # With SmolLM2-135M's 30 layers, 9 and 3 heads of 64: a zero-gate adapter of length 10 has 173,070 parameters, prefix tuning
 # of 15 tokens and LoRA of rank 3 on query and value have 172,800 each, LoRA of rank 8 has 460,800.
 PREFIX_TUNING_TOKENS = 15
-PROMPT_RATES = (3e-2, 1e-1, 3e-1)
+PROMPT_RATES = (1e-2, 3e-2, 1e-1)
 METHODS = {
     "zero-gate": Method("zero-init gates (this package)", PROMPT_RATES, _zero_gates, prompts=True),
     "random-gate": Method("random gates", PROMPT_RATES, _random_gates, prompts=True, rate_of="zero-gate"),

@@ -142,10 +142,7 @@ def _prepare_peft(accelerated: bool, problem: ModelProblem, backward: bool) -> P
             module.adaption_prompt.copy_(problem.prompts[number][None])
             module.adaption_gate.copy_(problem.gates[number])
         leaves |= {f"prompt.{number}": module.adaption_prompt, f"gate.{number}": module.adaption_gate}
-    # One token by an attention module alone, in the middle of a generation: the model hands down what the generation keeps.
-    within = accelerated and problem.mode == "forward" and problem.cache is not None
-    kept = {ROUTING: Routing(Selection((None,), whole=True), kept={})} if within else None
-    return finish(model, problem, leaves, kept=kept)
+    return finish(model, problem, leaves, kept=_within_generation(problem, None) if accelerated else None)
 
 
 def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Prepared:
@@ -155,12 +152,20 @@ def _prepare_adapter(packed: bool, problem: ModelProblem, backward: bool) -> Pre
     model = build_model(problem, "sdpa")
     config = AdapterConfig(prefix_length=problem.prompts.shape[1], gate="identity", gate_shape="scalar")
     leaves: dict[str, Tensor] = {}
-    for number, layer in attach_adapter(model, config).layers.items():
+    adapter = attach_adapter(model, config)
+    for number, layer in adapter.layers.items():
         with torch.no_grad():
             layer.prompt.copy_(problem.prompts[int(number)])
             layer.gate.copy_(problem.gates[int(number)])
         leaves |= {f"prompt.{number}": layer.prompt, f"gate.{number}": layer.gate}
-    return finish(model, problem, leaves, packed)
+    return finish(model, problem, leaves, packed, _within_generation(problem, adapter.name))
+
+
+def _within_generation(problem: ModelProblem, adapter: str | None) -> dict[str, Any] | None:
+    """What a model hands down to its attention modules in the middle of a generation, for one token by a module alone."""
+    if problem.mode != "forward" or problem.cache is None:
+        return None
+    return {ROUTING: Routing(Selection((adapter,), whole=True), kept={})}
 
 
 def finish(

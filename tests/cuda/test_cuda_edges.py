@@ -70,6 +70,23 @@ def test_keys_outside_of_the_window_are_not_used(emulator: ModuleType, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_key_that_a_mask_hides_may_be_nan(emulator: ModuleType, kind: str, dtype: torch.dtype) -> None:
+    """A mask selects and is not only added: -inf + NaN would be NaN."""
+    problem = make_problem(replace(SMALL, seq_q=20, seq_k=70, is_causal=False), dtype)
+    allowed = torch.ones(20, 70, dtype=torch.bool)
+    allowed[:, 3::7] = False
+    added = torch.zeros(20, 70).masked_fill(~allowed, -torch.inf)
+    problem.arguments["attn_mask"] = allowed if kind == "bool" else added
+    clean, _ = EmulatedProblem(emulator, problem).forward()
+    key = problem.tensors["key"]
+    assert key is not None
+    key.data[:, :, 3::7] = torch.nan
+    output, logsumexp = EmulatedProblem(emulator, problem).forward()
+    assert torch.equal(output, clean) and not logsumexp.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dtype) -> None:
     """Nobody reads the index on the host: that sequence is NaN, its neighbours are not, nothing is out of bounds."""
     case = replace(SMALL, batch=4, seq_q=5, seq_k=5, prefix="table", gate="prefix")

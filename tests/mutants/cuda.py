@@ -23,6 +23,7 @@ PATHS = ("tests/cuda/test_cuda_paths.py",)
 DECODE = ("tests/cuda/test_cuda_emulated.py", "-k", "test_decode")
 OFFSETS = ("tests/cuda/test_cuda_edges.py", "-k", "offsets or promised")
 WINDOWS = ("tests/cuda/test_cuda_edges.py", "-k", "windows or outside_of")
+MASKED = ("tests/cuda/test_cuda_edges.py", "-k", "mask_hides")
 BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
 ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
 TAILS = ("tests/cuda/test_cuda_edges.py", "-k", "tail")
@@ -102,7 +103,7 @@ MUTANTS = [
     shared("sm80/softmax", "prefix sum not rescaled", "total[half] *= rescale;", "", EDGES),
     shared("sm80/softmax", "weighted sum not rescaled", "weighted[half] *= rescale;", "", EDGES),
     shared("sm80/scores", "windows one key too long", "from + at < count", "from + at <= count"),
-    shared("sm80/scores", "a mask shows hidden NaN", "return mask == -kInfinity ? mask : value + mask;", "return value + mask;"),
+    shared("sm80/scores", "a mask shows hidden NaN", "return mask == -kInfinity ? mask : value + mask;", "return value + mask;", MASKED),
     shared("sm80/scores", "float32 loses what the shift rounds", "ptx::exp2_fast(fmaf(difference, factor, -rest))", "ptx::exp2_fast(difference * factor)", EDGES),
     shared("problem", "the diagonal of token tiles", "last - rows_after)};", "last - rows_after + 1)};", PATHS),
     shared("problem", "the diagonal of a sequence", "lower(s.key_end, row + s.diagonal + 1))};", "lower(s.key_end, row + s.diagonal + 2))};"),
