@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 CPP_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help install demo demo-image demo-sound demo-real test test-cuda-torch sanitize mutants-cpu mutants-cuda lint format docs wheel clean \
+.PHONY: help install demo demo-image demo-sound demo-real test test-cuda-torch sanitize mutants-cpu mutants-cuda \
+    mutants-triton lint format docs wheel clean \
     bench bench-check bench-training quality quality-report
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
 	@echo "make mutants-cuda  the same for the CUDA kernels, run by the emulator: no GPU needed"
+	@echo "make mutants-triton  the same for the Triton kernels, interpreted; SAMPLE=N of 438, 60 by default"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make bench-training  fine-tuning beside HF Trainer with PEFT, TRL and LitGPT (10 minutes; downloads a model of 93 MB)"
@@ -112,6 +114,10 @@ mutants-cpu: install
 # The same for the CUDA kernels (an hour or so).
 mutants-cuda: $(VENV)/environment.stamp
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cuda
+
+SAMPLE ?= 60
+mutants-triton: $(VENV)/environment.stamp
+	$(BIN)/python -m tests.triton.mutants --sample $(SAMPLE)
 
 # The main cases and contestants; `llama-adapter bench` runs all, in half an hour or so. The report is written even where a
 # contestant was wrong; the exit status tells.

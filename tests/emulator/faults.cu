@@ -43,6 +43,13 @@ __global__ void missing_warp_sync(float* out) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + (threadIdx.x ^ 1) * 4));
 }
 
+// A sum in registers that begins with whatever they held.
+__global__ void uninitialised_registers(float* out) {
+  float sums[4];
+  for (unsigned i = 0; i < kBlock; ++i) sums[i % 4] += 1.0f;
+  ptx::store_global(out + threadIdx.x, sums[threadIdx.x % 4]);
+}
+
 template <int kInFlight>
 __global__ void wait_for_copy(float* out) {
   const uint32_t base = ptx::dynamic_shared_memory();
@@ -231,6 +238,7 @@ void run_fault(const std::string& name, uint64_t memory) {
   LAK_KERNEL("named_barrier_too_small", named_barrier_too_small, 1, 96, 0)
   LAK_KERNEL("divergent_shuffle", divergent_shuffle, 1, 32, 0)
   LAK_KERNEL("uninitialised", uninitialised, 1, kBlock, 256)
+  LAK_KERNEL("uninitialised_registers", uninitialised_registers, 1, kBlock, 0)
   LAK_KERNEL("stride_1", strided<1>, 1, 32, 4096)
   LAK_KERNEL("stride_8", strided<8>, 1, 32, 4096)
   LAK_KERNEL("many_threads", many_threads, 2, 1024, 0)

@@ -87,6 +87,10 @@ def test_shared_memory_begins_as_nan(emulator: ModuleType) -> None:
     assert run(emulator, "uninitialised", 0).isnan().all()
 
 
+def test_registers_begin_as_no_number_that_a_sum_could_hide(emulator: ModuleType) -> None:
+    assert (run(emulator, "uninitialised_registers", 0) < -1e38).all()
+
+
 def test_1024_threads_and_atomics(emulator: ModuleType) -> None:
     assert torch.equal(run(emulator, "many_threads", 0), torch.full((64,), 32.0))
 

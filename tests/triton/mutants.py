@@ -1,6 +1,6 @@
 """Removes every mask, clamp, comparison and sign of the Triton kernels, one at a time, and looks whether a test notices.
 
-    python -m tests.triton.mutants [--only scores.py] [--lines 40-90] [--seconds 120]
+    python -m tests.triton.mutants [--only scores.py] [--lines 40-90] [--sample 60 --seed 1] [--seconds 120]
 
 A mutant that no check kills is printed: either a case is missing, or the line has no effect and can go. Takes an hour on a
 core; not part of the test suite.
@@ -9,6 +9,7 @@ core; not part of the test suite.
 import argparse
 import ast
 import os
+import random
 import resource
 import shutil
 import signal
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=int, default=240, help="of processor time; a mutant that takes longer is endless"
     )
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn at random from all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--lines", help="first-last: only these lines")
     arguments = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1"
@@ -155,17 +158,22 @@ def main() -> None:
     interpreter.prepare()
     package = Path(__file__).parents[2] / "llama_adapter_kernels" / "triton_kernels"
     first, last = map(int, (arguments.lines or "0-1000000").split("-"))
+    sources = {file: (package / file).read_text() for file in arguments.only or FILES}
+    mutants = [
+        mutant
+        for file, source in sources.items()
+        for mutant in mutants_of(file, source)
+        if first <= mutant.line <= last
+    ]
+    if arguments.sample is not None:
+        chosen = random.Random(arguments.seed).sample(range(len(mutants)), min(arguments.sample, len(mutants)))
+        mutants = [mutants[number] for number in sorted(chosen)]
     counts = dict.fromkeys(("killed", "survived", "endless"), 0)
-    for file in arguments.only or FILES:
-        source = (package / file).read_text()
-        for mutant in mutants_of(file, source):
-            if not first <= mutant.line <= last:
-                continue
-            found = outcome(mutant, source, package, arguments.seconds)
-            counts[found] += 1
-            if found != "killed":
-                print(f"{found}  {mutant}", flush=True)
-        print(file, counts, flush=True)
+    for number, mutant in enumerate(mutants, 1):
+        found = outcome(mutant, sources[mutant.file], package, arguments.seconds)
+        counts[found] += 1
+        print(f"{number}/{len(mutants)} {found}  {mutant}", flush=True)
+    print(", ".join(f"{count} {found}" for found, count in counts.items()))
     sys.exit(1 if counts["survived"] else 0)
 
 
