@@ -8,6 +8,7 @@ import torch
 from benchmarks.quality.encoders import EncoderTask
 from benchmarks.quality.language import LanguageTask
 from benchmarks.quality.runs import Task, compare
+from llama_adapter_kernels.ops.registration import cpu_instruction_sets
 
 # Of the language model: 1,280 rows on a GPU, 128 shorter ones on a CPU, where a run then takes a minute or two.
 GPU_SIZES = {"steps": 80, "batch": 16, "max_length": 256, "validation": 64, "test": 256, "rows_at_once": 16}
@@ -20,8 +21,13 @@ def tasks_of(options: argparse.Namespace) -> dict[str, Task]:
     if options.model and options.data:
         sizes = dict(GPU_SIZES if options.device == "cuda" else CPU_SIZES)
         sizes["steps"] = options.steps or sizes["steps"]
+        quick = options.device == "cpu" and "avx512_bf16" in cpu_instruction_sets()[0]
         tasks["language"] = LanguageTask(
-            options.model, options.data, options.device, autocast=options.autocast, **sizes
+            options.model,
+            options.data,
+            options.device,
+            autocast=quick if options.autocast is None else options.autocast,
+            **sizes,
         )
     if options.encoder and options.reviews:
         tasks["reviews"] = EncoderTask("reviews", options.device, options.encoder, options.reviews, steps=63, test=1000)
@@ -44,8 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--steps", type=int, help="of the language model; default: 80 of 16 rows on a GPU, 16 of 8 on a CPU"
     )
     parser.add_argument(
-        "--autocast", action="store_true", help="the language model computes in bfloat16, weights in float32"
-    )
+        "--autocast", action=argparse.BooleanOptionalAction,
+        help="the language model computes in bfloat16, weights in float32; default: on a CPU that is quick at it",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", default=["language", "reviews", "digits"])
     parser.add_argument("--output", type=Path, required=True, help="JSON file; one that is there is gone on with")
     options = parser.parse_args(arguments)
