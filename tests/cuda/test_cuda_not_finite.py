@@ -69,6 +69,18 @@ def test_rows_that_see_few_keys(emulator: ModuleType) -> None:
             torch.testing.assert_close(results[name][rows], clean[name][rows], rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_the_last_sequence_of_a_tile_may_be_one_token(emulator: ModuleType, which: str) -> None:
+    problem = make_problem(replace(SMALL, lengths=((20, 20), (1, 1))), torch.bfloat16)
+    clean = everything(emulator, problem)
+    tensor = problem.tensors[which]
+    assert tensor is not None
+    tensor.data[5] = torch.nan
+    results = everything(emulator, problem)
+    for name in ("output", "dquery", "dkey", "dvalue"):
+        torch.testing.assert_close(results[name][20:], clean[name][20:], rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("offsets", [(0, 30, 20, 50), (0, 60, 10, 10), (5, 5, 5, 5)], ids=str)
 def test_offsets_that_lie_are_no_endless_loop(emulator: ModuleType, offsets: tuple[int, ...]) -> None:
     problem = make_problem(replace(SMALL, lengths=((20, 20), (20, 20), (20, 20))), torch.bfloat16)
