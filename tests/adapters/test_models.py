@@ -242,3 +242,24 @@ def test_llava_with_a_picture_generates() -> None:
     assert torch.equal(got, ids)
     expected = Expected("llama of llava", adapter)
     close(answer(model, input_ids=ids, **picture), expected({"input_ids": ids, **picture}))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"])
+def test_qwen_with_a_picture_generates(name: str) -> None:
+    """Four patches become four tokens, whose positions are those of a grid (M-RoPE)."""
+    model, _ = build(name)
+    adapter = lak.attach_adapter(model, CONFIG, trainable=[])
+    open_gates(adapter)
+    expected = Expected(name, adapter)
+    model.config.image_token_id = expected.model.config.image_token_id = 60
+    picture = {"pixel_values": torch.randn(4, 48), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    ids = torch.tensor([[1, 60, 60, 60, 60, 5, 6, 7]])
+
+    def batch(ids: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": ids, "mm_token_type_ids": (ids == 60).int(), **picture}
+
+    got = model.generate(**batch(ids), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    close(answer(model, **batch(ids)), expected(batch(ids)))
+    for _ in range(3):
+        ids = torch.cat([ids, answer(model, **batch(ids))[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, ids)
