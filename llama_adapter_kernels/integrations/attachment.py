@@ -126,7 +126,7 @@ class Attachment:
     def check_known(self, *names: str | None) -> None:
         """Raises ValueError if a name is that of no adapter of this model."""
         for name in names:
-            if name is not None and name not in self.adapters:
+            if name is not None and (not isinstance(name, str) or name not in self.adapters):
                 known = ", ".join(map(repr, sorted(self.adapters)))
                 raise ValueError(f"adapter {name!r}: unknown; this model has {known or 'none'}")
 

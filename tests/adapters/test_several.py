@@ -1,6 +1,7 @@
 """Several adapters on one model: a batch that mixes them equals its sequences one by one, whatever differs between them."""
 
 import contextvars
+import re
 import threading
 from pathlib import Path
 
@@ -242,6 +243,9 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match="adapter 'french': unknown; this model has 'a', 'b', 'c', 'd'"):
             call()
+    for name in (3, ["a"]):
+        with pytest.raises(ValueError, match=re.escape(f"adapter {name}: unknown; this model has 'a',")):
+            lak.set_adapter(model, name)
     with pytest.raises(ValueError, match="adapter 'a': expected a name that is not taken"):
         lak.attach_adapter(model, lak.AdapterConfig(), "a")
     with pytest.raises(
