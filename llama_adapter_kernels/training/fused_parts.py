@@ -36,7 +36,10 @@ def wants_liger(settings: Settings, execution: Execution, device: Any) -> bool:
 
 
 def fuse_parts(network: Any) -> bool:
-    """Puts liger-kernel's parts into a loaded model, before an adapter is attached; whether it knows such models."""
+    """Puts liger-kernel's parts into a loaded model, before an adapter is attached; whether it knows such models.
+
+    Models of this kind that the process builds later get them too: liger-kernel replaces classes of transformers.
+    """
     from liger_kernel.transformers import monkey_patch
 
     kind = network.config.model_type

@@ -116,7 +116,7 @@ class Partition:
 def test_parameters_that_zero_3_has_partitioned_are_gathered_and_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stand-in for deepspeed, which compiles its kernels when it runs."""
+    """With a stand-in for deepspeed; test_zero3.py runs the real one where it is installed."""
     log: list[str] = []
     deepspeed, zero = ModuleType("deepspeed"), ModuleType("deepspeed.zero")
     zero.GatheredParameters = partial(Partition, log)
