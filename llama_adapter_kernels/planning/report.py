@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,11 +13,13 @@ from llama_adapter_kernels.planning.operations import Adapter, adapter_parameter
 from llama_adapter_kernels.planning.shapes import ModelShape
 
 _SEPARATE = ("norms", "rotations", "activations")  # what fused kernels make shorter
+_PRODUCTS = ("products", "head", "prompts")  # terms of matrix products
+_TIME_ERROR, _MEMORY_ERROR = 0.08, 0.02  # largest, relative to measured steps (docs/scaling.md)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a run is wished to take at most: seconds, and bytes of device memory."""
+    """What a run is wished to take at most: seconds, and bytes of device memory; infinite where nobody asked."""
 
     seconds: float
     memory: float
@@ -30,13 +33,12 @@ def report(
     tokens = data.tokens * data.epochs
     flop = sum(term.flop for term in chosen.terms)
     head = (
-        f"{shape.parameters / 1e9:.2f} G parameters; prompts of {adapter.prefix} tokens in {adapter.layers} of "
+        f"{_amount(shape.parameters)} parameters; prompts of {adapter.prefix} tokens in {adapter.layers} of "
         f"{shape.layers} layers, {adapter_parameters(shape, adapter):,} trained\n"
-        f"{tokens / 1e6:.1f} M tokens in {data.epochs:g} epochs, {flop / tokens / 1e9:.1f} GFLOP each; {device.name}: "
-        f"products {device.products / 1e12:.3g} TFLOP/s, copies {device.copy / 1e12:.3g} TB/s "
+        f"{_amount(tokens)} tokens in {data.epochs:g} epochs, {_amount(flop / tokens)}FLOP each; {device.name}: "
+        f"products {_amount(device.products)}FLOP/s, copies {_amount(device.copy)}B/s "
         f"({f'measured {device.measured}' if device.measured else 'assumed, from what an H100 reaches of its peaks'})\n"
-        f"{chosen.choice}: {chosen.seconds / 60:.1f} minutes, {tokens / chosen.seconds:,.0f} tokens/s, "
-        f"{chosen.bytes / 1e9:.1f} GB"
+        f"{chosen.choice}: {_minutes(chosen.seconds)}, {tokens / chosen.seconds:,.0f} tokens/s, {_amount(chosen.bytes)}B"
     )
     parts: list[RenderableType] = [head, _time(chosen), _memory(chosen)]
     if len(others) > 1:
@@ -48,7 +50,12 @@ def report(
 
 def verdict(chosen: Estimate, others: Sequence[Estimate], goal: Goal) -> list[str]:
     """Sentences about time, memory and both at once: reached or missed, by how much, and by which term."""
-    return [_on_time(chosen, others, goal), _on_memory(chosen, others, goal), _on_both(others, goal)]
+    said = []
+    if isfinite(goal.seconds):
+        said.append(_on_time(chosen, others, goal))
+    if isfinite(goal.memory):
+        said.append(_on_memory(chosen, others, goal))
+    return [*said, _on_both(others, goal)] if len(said) == 2 else said
 
 
 def _on_time(chosen: Estimate, others: Sequence[Estimate], goal: Goal) -> str:
@@ -56,16 +63,9 @@ def _on_time(chosen: Estimate, others: Sequence[Estimate], goal: Goal) -> str:
     if chosen.seconds <= goal.seconds:
         largest = max(chosen.terms, key=lambda term: term.seconds)
         return f"{wanted}: yes, {chosen.seconds / 60:.1f}; most of it {largest.name}, {largest.seconds / 60:.1f}."
-    over, products = chosen.seconds - goal.seconds, chosen.of("products", "head", "prompts")
-    said = f"{wanted}: no, {chosen.seconds / 60:.1f}, {over / 60:.1f} too many. "
-    if products > goal.seconds:
-        return said + f"Matrix products alone take {products / 60:.1f}."
-    rest = [term for term in chosen.terms if not term.name.startswith(("products", "head", "prompts"))]
-    largest = max(rest, key=lambda term: term.seconds)
-    said += (
-        f"Matrix products take {products / 60:.1f}; what misses is the rest, most of all {largest.name} with "
-        f"{largest.seconds / 60:.1f} (limited by {largest.limit})."
-    )
+    said = f"{wanted}: no, {chosen.seconds / 60:.1f}, {_excess(chosen, goal)}"
+    if _products(chosen) > goal.seconds:
+        return said
     fused = [one for one in others if one.choice.fused and one.choice.low == chosen.choice.low]
     best = min(fused, key=lambda one: one.seconds, default=None)
     if best is not None and not chosen.choice.fused:
@@ -97,40 +97,92 @@ def _on_memory(chosen: Estimate, others: Sequence[Estimate], goal: Goal) -> str:
 def _on_both(others: Sequence[Estimate], goal: Goal) -> str:
     best = fastest(list(others), goal.memory)
     if best is None:
-        return "Both at once: no, nothing that was tried fits."
-    answer = "yes" if best.seconds <= goal.seconds else "no"
-    return (
-        f"Both at once: {answer}, the fastest within {goal.memory / 1e9:g} GB takes {best.seconds / 60:.1f} minutes "
-        f"({best.choice}; {best.bytes / 1e9:.1f} GB)."
+        least = min(others, key=lambda one: one.bytes)
+        return f"Both at once: no, nothing that was tried fits; the least is {_amount(least.bytes)}B ({least.choice})."
+    found = (
+        f"the fastest within {goal.memory / 1e9:g} GB takes {best.seconds / 60:.1f} minutes "
+        f"({best.choice}; {best.bytes / 1e9:.1f} GB)"
     )
+    if best.seconds > goal.seconds:
+        return f"Both at once: no, {found}, {_excess(best, goal)}"
+    said = f"Both at once: yes, {found}."
+    spare = goal.memory - best.bytes
+    if best.seconds * (1 + _TIME_ERROR) > goal.seconds or spare < _MEMORY_ERROR * best.bytes:
+        said += (
+            f" It is close: {(goal.seconds - best.seconds) / 60:.1f} minutes and {spare / 1e9:.2f} GB to spare, and plans "
+            f"were up to {_TIME_ERROR:.0%} of the time and {_MEMORY_ERROR:.0%} of the memory away from measured steps."
+        )
+    return said
+
+
+def _excess(one: Estimate, goal: Goal) -> str:
+    """By how much a time misses, and what is to blame."""
+    over, products = one.seconds - goal.seconds, _products(one)
+    said = f"{over / 60:.1f} too many. "
+    if products > goal.seconds:
+        return said + f"Matrix products alone take {products / 60:.1f}."
+    rest = [term for term in one.terms if not term.name.startswith(_PRODUCTS)]
+    largest = max(rest, key=lambda term: term.seconds)
+    return said + (
+        f"Matrix products take {products / 60:.1f}; what misses is the rest, most of all {largest.name} with "
+        f"{largest.seconds / 60:.1f} (limited by {largest.limit})."
+    )
+
+
+def _products(one: Estimate) -> float:
+    return one.of(*_PRODUCTS)
 
 
 def _time(chosen: Estimate) -> Table:
     table = Table(title="Time of the run", title_justify="left")
-    for name in ("term", "PFLOP", "TB", "minutes", "share", "limited by"):
+    flop, flops = _unit(max(term.flop for term in chosen.terms), "FLOP")
+    size, sizes = _unit(max(term.bytes for term in chosen.terms), "B")
+    seconds, time = (60.0, "minutes") if chosen.seconds >= 120 else (1.0, "seconds")
+    for name in ("term", flops, sizes, time, "share", "limited by"):
         table.add_column(name, justify="left" if name in ("term", "limited by") else "right")
     for term in chosen.terms:
-        table.add_row(term.name, f"{term.flop / 1e15:,.1f}", f"{term.bytes / 1e12:,.1f}", f"{term.seconds / 60:.2f}",
+        table.add_row(term.name, f"{term.flop / flop:,.1f}", f"{term.bytes / size:,.1f}", f"{term.seconds / seconds:.2f}",
                       f"{term.seconds / chosen.seconds:.1%}", term.limit)  # fmt: skip
     return table
 
 
 def _memory(chosen: Estimate) -> Table:
     table = Table(title="Memory at the peak (a CUDA context takes about 0.5 GB besides)", title_justify="left")
+    divisor, unit = _unit(chosen.bytes, "B")
     table.add_column("part")
-    table.add_column("GB", justify="right")
+    table.add_column(unit, justify="right")
     for name, size in chosen.memory.items():
-        table.add_row(name, f"{size / 1e9:.2f}")
-    table.add_row("together", f"{chosen.bytes / 1e9:.2f}")
+        table.add_row(name, f"{size / divisor:.2f}")
+    table.add_row("together", f"{chosen.bytes / divisor:.2f}")
     return table
 
 
 def _tried(others: Sequence[Estimate]) -> Table:
     table = Table(title="What was tried", title_justify="left")
-    for name in ("tokens at a time", "kernels", "activations", "minutes", "GB"):
+    divisor, unit = _unit(max(one.bytes for one in others), "B")
+    for name in ("tokens at a time", "kernels", "activations", "minutes", unit):
         table.add_column(name, justify="left" if name in ("kernels", "activations") else "right")
     for one in sorted(others, key=lambda one: one.seconds):
         choice = one.choice
-        table.add_row(f"{choice.tokens:,}", "fused" if choice.fused else "separate",
-                      "again" if choice.low else "kept", f"{one.seconds / 60:.1f}", f"{one.bytes / 1e9:.1f}")  # fmt: skip
+        kernels, activations = "fused" if choice.fused else "separate", "again" if choice.low else "kept"
+        numbers = f"{one.seconds / 60:.1f}", f"{one.bytes / divisor:.1f}"
+        table.add_row(f"{choice.tokens:,}", kernels, activations, *numbers)
     return table
+
+
+def _unit(largest: float, unit: str) -> tuple[float, str]:
+    """What to divide by, and the name of what that gives, so that the largest of some numbers is 1 to 1,000."""
+    for divisor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if largest >= divisor:
+            return divisor, prefix + unit
+    return 1e3, "k" + unit
+
+
+def _amount(number: float) -> str:
+    """Three digits and a prefix, ready for a unit: "6.74 G"."""
+    divisor, prefix = _unit(number, "")
+    return f"{number / divisor:.3g} {prefix}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.1f} seconds"

@@ -1,6 +1,7 @@
 """`llama-adapter plan`: agrees with what was measured, says what misses, refuses what it cannot plan."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,19 @@ def test_the_goal_is_judged_honestly() -> None:
     assert "most of all norms" in time and "Fused kernels (--compile or --liger) bring" in time
     assert memory.startswith("18 GB: no, 46.") and "Activations computed again (--memory low)" in memory
     best = fastest(tried, goal.memory)
-    assert both.startswith(f"Both at once: {'yes' if best.seconds <= goal.seconds else 'no'}, the fastest within 18 GB")
+    assert both.startswith("Both at once: yes, the fastest within 18 GB")
+    assert f"It is close: {30 - best.seconds / 60:.1f} minutes and {18 - best.bytes / 1e9:.2f} GB to spare" in both
     reached = verdict(separate, tried, Goal(3600, 50e9))
     assert reached[0].startswith("60 minutes: yes") and reached[1].startswith("50 GB: yes")
     assert "Matrix products alone take" in verdict(separate, tried, Goal(600, 50e9))[0]
-    assert "nothing that was tried fits" in verdict(separate, tried, Goal(600, 1e9))[2]
+    assert "nothing that was tried fits; the least is 13.9 GB" in verdict(separate, tried, Goal(600, 1e9))[2]
+    assert "close" not in verdict(separate, tried, Goal(3600, 50e9))[2]
+    missed = verdict(separate, tried, Goal(20 * 60, 18e9))[2]
+    assert (
+        missed.startswith("Both at once: no")
+        and f"{best.seconds / 60 - 20:.1f} too many. Matrix products take" in missed
+    )
+    assert [len(verdict(separate, tried, goal)) for goal in (Goal(600, inf), Goal(inf, 1e9))] == [1, 1]
 
 
 def test_more_work_takes_longer() -> None:
@@ -109,9 +118,23 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
                "--fused", "--memory", "high", "--layers", "24", "--minutes", "1"]  # fmt: skip
     found = CliRunner().invoke(app, ["plan", *options])
     assert found.exit_code == 0, found.output
-    assert "0.13 G parameters; prompts of 10 tokens in 24 of 30 layers" in found.output
+    assert "135 M parameters; prompts of 10 tokens in 24 of 30 layers" in found.output
     assert "2,048 tokens at a time, fused" in found.output and "1 minutes: yes" in found.output
     assert "What was tried" not in found.output
+
+
+def test_small_numbers_have_units_of_their_own(tmp_path: Path) -> None:
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "vocab_size": 8000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "model_type": "llama"}))
+    found = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--minutes", "1"]).output
+    assert "7.26 M parameters" in found and "MFLOP each" in found and "seconds, " in found
+    assert "TFLOP ┃" in found and "inf" not in found and "GB: " not in found
 
 
 def test_builtin_shapes() -> None:
