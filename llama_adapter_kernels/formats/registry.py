@@ -91,6 +91,8 @@ def read_adapter(path: str | os.PathLike[str], format: str = "auto", choices: Ch
         OSError: it cannot be read.
         ValueError: it is of no known format or not of this one, its parts do not fit each other, or it lies.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: expected a folder, a file or owner/name, got {type(path).__name__}")
     place, choices = hub.adapter_place(path), choices or Choices()
     if format not in ("auto", "native", *FORMATS):
         raise ValueError(f"format: expected auto, native, {', '.join(FORMATS)}, got {format!r}")

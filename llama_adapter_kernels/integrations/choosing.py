@@ -92,6 +92,10 @@ def _selection(
         )
     if conditions is None:
         return Selection(names)
+    if not isinstance(conditions, Sequence | Tensor):
+        raise ValueError(
+            f"conditions: expected a list with one tensor or None per name, got {type(conditions).__name__}"
+        )
     if len(conditions) != len(names):
         raise ValueError(f"conditions: expected one for each of {len(names)} names, got {len(conditions)}")
     rows: list[int | None] = []
@@ -100,6 +104,8 @@ def _selection(
         if condition is None:
             rows.append(None)
             continue
+        if not isinstance(condition, Tensor):
+            raise ValueError(f"conditions: expected a tensor or None for sequence {i}, got {type(condition).__name__}")
         if name is None:
             raise ValueError(f"conditions: expected None for sequence {i}, which has no adapter, got a tensor")
         adapter = attachment.adapters[name]
@@ -118,6 +124,8 @@ def _selection(
 
 
 def _stems(model: nn.Module) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [module for module in model.modules() if ATTRIBUTE in module.__dict__]
 
 
@@ -125,7 +133,7 @@ def attachment_of(model: nn.Module) -> tuple[Attachment, nn.Module]:
     """What is attached to a model, and the module that it takes part in.
 
     Raises:
-        ValueError: nothing is, or to several parts.
+        ValueError: nothing is, or to several parts, or it is no module.
     """
     stems = _stems(model)
     if not stems:

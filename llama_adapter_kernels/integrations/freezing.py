@@ -1,7 +1,7 @@
 """Which parameters of a model require gradients: frozen when an adapter comes, given back when it goes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,8 +23,10 @@ def freeze(model: nn.Module, keep: Sequence[str] | None, chosen: set[int]) -> di
         ValueError: a name in `keep` is that of no parameter.
     """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    if isinstance(keep, str):
-        raise ValueError(f"trainable: expected a list of names, got {keep!r}")
+    if keep is not None and (
+        isinstance(keep, str) or not isinstance(keep, Collection) or not all(isinstance(name, str) for name in keep)
+    ):
+        raise ValueError(f"trainable: expected a list of names, got {keep!r:.120}")
     for pattern in keep or ():
         if not any(_matches(name, pattern) for name in before):
             raise ValueError(f"trainable: expected names of the model's parameters or modules, got {pattern!r:.120}")
