@@ -23,7 +23,6 @@ PATHS = ("tests/cuda/test_cuda_paths.py",)
 DECODE = ("tests/cuda/test_cuda_emulated.py", "-k", "test_decode")
 OFFSETS = ("tests/cuda/test_cuda_edges.py", "-k", "offsets or promised")
 WINDOWS = ("tests/cuda/test_cuda_edges.py", "-k", "windows or outside_of")
-NO_QUERY = ("tests/cuda/test_cuda_edges.py", "-k", "without_a_query")
 MASKED = ("tests/cuda/test_cuda_edges.py", "-k", "mask_hides")
 BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
 ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
@@ -131,7 +130,6 @@ MUTANTS = [
     shared("problem", "a part begins with the next sequence", "const int last = higher(lower(end, s.queries) - 1, 0)", "const int last = higher(lower(end, s.queries) - 2, 0)", NOT_FINITE),
     backward("rows", "barrier before a tile", "__syncthreads();  // the tile is there", "// "),
     backward("rows", "wait for a tile", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the tile is there", "__syncthreads();  // the tile is there"),
-    backward("rows", "a block ends while copies are in flight", "ptx::wait_async_copies<0>();\n\n  if (params.dgate", "\n  if (params.dgate", NO_QUERY),
     backward("rows", "gate's part stays in D_w", "- gate * prefix_delta[half];", ";"),
     backward("rows", "dgate's sign", "dgate += prefix_delta[half];", "dgate -= prefix_delta[half];"),
     backward("rows", "the prefix's dS without D_p", "c[0][n][e] * (d[0][n][e] - prefix_delta[half]);", "c[0][n][e] * d[0][n][e];"),

@@ -295,8 +295,6 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
       if (tile + 1 < end_tile) copy_tile(tile + 1, 0);
     }
   }
-  ptx::commit_async_copies();
-  ptx::wait_async_copies<0>();
 
   if (params.dgate == nullptr || slots == 0) return;  // nobody reads the partial sums of a sequence without a prefix
   const int64_t partial = (static_cast<int64_t>(outer) * params.heads_q + head) * grid.chunks + chunk;
