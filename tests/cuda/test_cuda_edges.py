@@ -103,6 +103,38 @@ def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dty
         assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
 
 
+BAD_PREFIX = {  # dtype, keys, deterministic: which kernel sums dQ
+    "words": (torch.bfloat16, 20, False),
+    "words, deterministic": (torch.bfloat16, 800, True),
+    "words, float32": (torch.float32, 20, False),
+    "keys": (torch.bfloat16, 800, False),
+}
+
+
+@pytest.mark.parametrize("kernel", list(BAD_PREFIX))
+def test_prefix_index_out_of_range_where_no_key_is_seen(emulator: ModuleType, kernel: str) -> None:
+    """The words are nothing then: NaN comes from the index alone, in whichever kernel writes dQ."""
+    dtype, keys, deterministic = BAD_PREFIX[kernel]
+    case = replace(SMALL, batch=5, seq_q=5, seq_k=keys, prefix="table", gate="prefix")
+    problem = make_problem(case, dtype)
+    problem.arguments["prefix_index"] = int32(1, 3, -2, 2**30, -1)
+    problem.arguments["key_end"] = int32(0, 0, 3, 0, 0)  # of the third the first two rows see none
+    emulator.counts()
+    results = everything(emulator, problem, deterministic=deterministic)
+    assert (emulator.counts()["reductions"] > 0) == (kernel == "keys")
+    for name in ("output", "dquery"):
+        assert results[name][0].isfinite().all(), name
+        assert (results[name][0] != 0).any(), name
+        assert results[name][1:4].isnan().all(), name
+        assert (results[name][4] == 0).all(), f"{name}: neither keys nor a prefix"
+    for name in ("dkey", "dvalue"):
+        assert (results[name][[0, 1, 3, 4]] == 0).all(), f"{name}: no query saw these keys"
+    for name in ("dprefix_key", "dprefix_value", "dgate"):
+        assert results[name].isfinite().all(), name
+        assert (results[name][1] != 0).any(), name
+        assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
+
+
 @pytest.mark.parametrize("name", ["key_start", "key_end"])
 def test_wild_windows_are_clamped(emulator: ModuleType, name: str) -> None:
     """As if the nearest sensible value had been given."""

@@ -81,6 +81,54 @@ def test_the_last_sequence_of_a_tile_may_be_one_token(emulator: ModuleType, whic
         torch.testing.assert_close(results[name][20:], clean[name][20:], rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [1, 2], ids=["own heads", "a group"])
+@pytest.mark.parametrize("queries", [8, 0], ids=["queries", "no query"])
+def test_the_last_sequence_of_the_only_tile(
+    emulator: ModuleType, queries: int, heads: int, dtype: torch.dtype, which: str, value: float
+) -> None:
+    """Parts go from the last sequence to the first: what a block keeps of its own pair is then that of the first alone.
+
+    Where the last has no query, no statistic tells of it: dQ alone, 0 x NaN, is computed again, and dK and dV have to be
+    right although what is kept of dQ's last part lacks the keys of the others.
+    """
+    lengths = ((9, 9), (7, 7), (queries, 8))
+    problem = make_problem(replace(SMALL, heads_q=heads, heads_kv=1, lengths=lengths), dtype)
+    clean = everything(emulator, problem)
+    tensor = problem.tensors[which]
+    assert tensor is not None
+    tensor.data[18:22, :, 3] = value
+    results = everything(emulator, problem)
+    for name in ("output", "dquery", "dkey", "dvalue"):
+        # What the tile is computed again for may be added in another order.
+        tolerance = 2e-2 if dtype != torch.float32 else 1e-4
+        torch.testing.assert_close(results[name][:16], clean[name][:16], rtol=tolerance, atol=1e-3)
+    torch.testing.assert_close(results["logsumexp"][:, :16], clean["logsumexp"][:, :16])
+    if queries > 0:  # the last query sees every key
+        for name in ("output", "dquery"):
+            assert not results[name][-1].isfinite().all(), "else this test shows nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_infinite_key_that_weighs_nothing(emulator: ModuleType, dtype: torch.dtype) -> None:
+    """A score of -inf leaves output and statistics finite, so that dQ alone, 0 x inf, tells of the key."""
+    problem = make_problem(replace(SMALL, heads_q=1, heads_kv=1, lengths=((9, 9), (7, 7), (8, 8))), dtype)
+    query, key = problem.tensors["query"], problem.tensors["key"]
+    assert query is not None
+    assert key is not None
+    query.data[16:, :, 3] = -query.data[16:, :, 3].abs() - 0.1
+    clean = everything(emulator, problem)
+    key.data[20, :, 3] = torch.inf
+    results = everything(emulator, problem)
+    assert results["output"].isfinite().all()
+    assert results["dquery"][20:, :, 3].isnan().all(), "else this test shows nothing"
+    for name in ("output", "dquery", "dkey", "dvalue"):
+        tolerance = 2e-2 if dtype != torch.float32 else 1e-4
+        torch.testing.assert_close(results[name][:16], clean[name][:16], rtol=tolerance, atol=1e-3)
+
+
 @pytest.mark.parametrize("offsets", [(0, 30, 20, 50), (0, 60, 10, 10), (5, 5, 5, 5)], ids=str)
 def test_offsets_that_lie_are_no_endless_loop(emulator: ModuleType, offsets: tuple[int, ...]) -> None:
     problem = make_problem(replace(SMALL, lengths=((20, 20), (20, 20), (20, 20))), torch.bfloat16)
