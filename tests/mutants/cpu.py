@@ -34,9 +34,9 @@ def commands() -> dict[str, str]:
     }
 
 
-def build(sources: Path, site: Path, mutated: str) -> None:
+def build(sources: Path, site: Path, mutant: Mutant) -> None:
     """Compiles the AVX2 kernels that the mutated file is part of, without optimisation that takes long, and links."""
-    of_kernels = KERNELS if mutated.endswith(".h") else (Path(mutated).name,)
+    of_kernels = KERNELS if mutant.file.endswith(".h") else (Path(mutant.file).name,)
     objects = []
     for output, command in commands().items():
         path = ROOT / "build" / "cmake" / output

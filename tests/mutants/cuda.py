@@ -1,6 +1,7 @@
 """Mutants of the CUDA kernels, run by the emulator: python -m tests.mutants.cuda [NAME ...].
 
-Only the instantiations for bfloat16 and float32 with 64 columns are built with the fault; the others come from build/emulator.
+Only the instantiations for bfloat16 and float32 with 64 columns are built with the fault, and float16's where outputs have to
+overflow; the others come from build/emulator.
 """
 
 # ruff: noqa: E501 (a mutant is read best on one line)
@@ -17,17 +18,19 @@ from tests.support.emulator import build as build_emulator
 
 BUILT = ROOT / "build" / "emulator"
 INSTANTIATED = ("bf16_d64.cu.o", "fp32_d64.cu.o")
+FLOAT16 = ("fp16_d64.cu.o",)  # the only type whose outputs overflow
 KERNELS = ("tests/cuda/test_cuda_emulated.py", "-k", "test_forward_and_backward and d64 or threads")
 EDGES = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "tests/cuda/test_cuda_paths.py")
 PATHS = ("tests/cuda/test_cuda_paths.py",)
 DECODE = ("tests/cuda/test_cuda_emulated.py", "-k", "test_decode")
 OFFSETS = ("tests/cuda/test_cuda_edges.py", "-k", "offsets or promised")
 WINDOWS = ("tests/cuda/test_cuda_edges.py", "-k", "windows or outside_of")
-MASKED = ("tests/cuda/test_cuda_edges.py", "-k", "mask_hides")
+MASKED = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "-k", "mask_hides or hidden_key")
 BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
 ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
 TAILS = ("tests/cuda/test_cuda_edges.py", "-k", "tail")
 NOT_FINITE = ("tests/cuda/test_cuda_not_finite.py",)
+OVERFLOWS = ("tests/cuda/test_cuda_exactness.py", "-k", "beyond_float16 or scores_of_every_size")  # FLOAT16 as well
 
 
 @cache
@@ -40,14 +43,15 @@ def commands() -> tuple[Path, dict[str, str], dict[str, str]]:
     return module, found, {part.split(":", 1)[0]: part for part in deps.split("\n\n") if part.strip()}
 
 
-def build(sources: Path, site: Path, mutated: str) -> None:
+def build(sources: Path, site: Path, mutant: Mutant) -> None:
     """Compiles what the mutated file is part of, and links it before the other objects."""
     module, compile_commands, depends = commands()
+    instantiated = INSTANTIATED + FLOAT16 if mutant.tests == OVERFLOWS else INSTANTIATED
     faulty: dict[str, str] = {}
     running = []
     for name, command in compile_commands.items():
         instantiation = name.startswith(("forward_", "backward_", "decode_"))
-        if str(ROOT / mutated) in depends.get(name, "") and (not instantiation or name.endswith(INSTANTIATED)):
+        if str(ROOT / mutant.file) in depends.get(name, "") and (not instantiation or name.endswith(instantiated)):
             faulty[name] = str(sources / name)
             arguments = command.replace(str(ROOT / "csrc"), str(sources / "csrc")).replace(
                 f"-o {name}", f"-o {sources / name}"
@@ -56,7 +60,7 @@ def build(sources: Path, site: Path, mutated: str) -> None:
             if len(running) == 2 and running.pop(0).wait() != 0:
                 raise RuntimeError(f"{name}: the mutant does not compile")
     if any(process.wait() != 0 for process in running):
-        raise RuntimeError(f"{mutated}: the mutant does not compile")
+        raise RuntimeError(f"{mutant.name}: the mutant does not compile")
     objects = [*faulty.values(), *(str(BUILT / name) for name in compile_commands if name not in faulty)]
     linked = site / module.name
     import torch
@@ -134,8 +138,8 @@ MUTANTS = [
     backward("rows", "dgate's sign", "dgate += prefix_delta[half];", "dgate -= prefix_delta[half];"),
     backward("rows", "the prefix's dS without D_p", "c[0][n][e] * (d[0][n][e] - prefix_delta[half]);", "c[0][n][e] * d[0][n][e];"),
     backward("rows", "few-key rows take the rounded D_w", "(few[half] || coarse || !fits)", "(coarse || !fits)", EDGES),
-    backward("rows", "large scores take the coarse log-sum-exp", "(few[half] || coarse || !fits)", "(few[half] || !fits)", EDGES),
-    backward("rows", "overflowed outputs keep their D_w", "(few[half] || coarse || !fits)", "(few[half] || coarse)", EDGES),
+    backward("rows", "large scores take the coarse log-sum-exp", "(few[half] || coarse || !fits)", "(few[half] || !fits)", OVERFLOWS),
+    backward("rows", "overflowed outputs keep their D_w", "(few[half] || coarse || !fits)", "(few[half] || coarse)", OVERFLOWS),
     backward("rows", "sums of dQ begin anywhere", "for (int i = 4 * lane; i < 16 * head_dim; i += 128)", "for (int i = 4 * lane; i < 0; i += 128)", PATHS),
     backward("exact", "NaN of a neighbour in D_w", "dprobability[n][e] = seen ? dprobability[n][e] : 0.0f;", "", NOT_FINITE),
     backward("pair", "dS without D_w", "c[m][n][e] * (d[m][n][e] - delta);", "c[m][n][e] * d[m][n][e];"),

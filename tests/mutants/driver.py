@@ -32,7 +32,7 @@ class Suite:
     name: str
     mutants: Sequence[Mutant]
     sources: Sequence[str]  # folders and files that are copied, from the root
-    build: Callable[[Path, Path, str], None]  # (copy of the sources, site, mutated file): puts a library into the site
+    build: Callable[[Path, Path, Mutant], None]  # (copy of the sources, site, mutant): puts a library into the site
     tests: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)  # of the tests
 
@@ -61,7 +61,7 @@ def outcome(suite: Suite, mutant: Mutant, folder: Path) -> tuple[bool, str]:
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.name}: expected its text once in {mutant.file}, got {text.count(mutant.old)} times")
     file.write_text(text.replace(mutant.old, mutant.new))
-    suite.build(sources, site, mutant.file)
+    suite.build(sources, site, mutant)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
         [*command, *(mutant.tests or suite.tests)], cwd=site, capture_output=True, text=True,
