@@ -40,22 +40,23 @@ from llama_adapter_kernels.triton_kernels.tiles import (
 def sweep_queries(
     dkey, dvalue, key, value, query_tile, doutput_tile, query_descriptor, doutput_descriptor, statistics, windows,
     mask_base, b, head_first, query_strides, doutput_strides, mask_stride_head, mask_stride_query,
-    mask_stride_key, heads, total_q, columns, column_valid, start_first, blocks, diagonal, row_low, row_high, scale_log2,
+    mask_stride_key, heads, total_q, columns, column_valid, start_first, blocks, diagonal, row_low, scale_log2,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, TOKENS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK / scale and dV, for each of `heads` query heads, `blocks` blocks of queries from row `start_first`.
 
-    Only the rows row_low..row_high-1 are there. Pointers are those of the first head. Without CHECK every row sees every
-    key of the block. Columns of keys that are not valid hold anything: they only reach rows of dK and dV that the caller
-    zeroes. One loop over (head, block): with a loop in a loop, ptxas keeps the key and value tiles twice and spills.
+    Rows before row_low are not there; blocks end with the last row. Pointers are those of the first head. Without CHECK
+    every row sees every key of the block. Columns of keys that are not valid hold anything: they only reach rows of dK and
+    dV that the caller zeroes. One loop over (head, block): with a loop in a loop, ptxas keeps the key and value tiles twice
+    and spills.
     """
     start_end = start_first + blocks * BLOCK_M
     start = start_first
     head = start_first * 0
     for _ in tl.range(0, loop_bound(heads * blocks)):
         rows = start + tl.arange(0, BLOCK_M)
-        row_valid = (rows >= row_low) & (rows < row_high)
+        row_valid = rows >= row_low
         if not CHECK and query_descriptor is not None:
             query = load_described(query_descriptor, b, head_first + head, start, BLOCK_M, BLOCK_D)
         else:
@@ -168,7 +169,7 @@ def backward_keys(
         dk, dv = sweep_queries(
             dk, dv, k, v, query_tile, doutput_tile, None, None, statistics, windows, mask_base, b, head,
             query_strides, doutput_strides, mask_stride_head, mask_stride_query, mask_stride_key, group, total_q,
-            columns, column_valid, start_first, checked, diagonal, row_first, row_stop, scale_log2,
+            columns, column_valid, start_first, checked, diagonal, row_first, scale_log2,
             BLOCK_M, HEAD_DIM, BLOCK_D, True, CAUSAL, MASK, TOKENS, ALIGNMENT,
         )  # fmt: skip
         if MASK == MASK_NONE:
@@ -176,7 +177,7 @@ def backward_keys(
                 dk, dv, k, v, query_tile, doutput_tile, query_descriptor, doutput_descriptor, statistics, windows,
                 mask_base, b, head, query_strides, doutput_strides, mask_stride_head, mask_stride_query,
                 mask_stride_key, group, total_q, columns, column_valid, start_first + checked * BLOCK_M, blocks - checked,
-                diagonal, row_first, row_stop, scale_log2,
+                diagonal, row_first, scale_log2,
                 BLOCK_M, HEAD_DIM, BLOCK_D, False, CAUSAL, MASK, TOKENS, ALIGNMENT,
             )  # fmt: skip
 
