@@ -23,6 +23,8 @@ CASES: list[tuple[Case, tuple[torch.dtype, ...]]] = [
     # Every prefix form with every gate form.
     *((Case(batch=3, heads_q=2, heads_kv=1, seq_q=17, seq_k=17, prefix=prefix, gate=gate), (SINGLE,))
       for prefix in ("shared", "sequence", "table") for gate in ("scalar", "head", "prefix")),
+    # A prefix of several tiles that some sequences have and some do not.
+    (Case(batch=3, heads_q=2, heads_kv=1, seq_q=17, seq_k=17, prefix="table", prefix_length=70), (SINGLE,)),
     (Case(**SMALL, prefix="none"), (SINGLE, BRAIN)),
     # Windows and masks.
     *((Case(batch=2, heads_q=2, heads_kv=1, seq_k=50, window=window, is_causal=causal), (SINGLE,))

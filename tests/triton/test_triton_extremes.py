@@ -16,6 +16,7 @@ CHECKS = [
       for dtype, sizes in ((SINGLE, (10.0, 1000.0)), (BRAIN, (10.0, 100.0, 1000.0)), (HALF, (100.0,)))
       for size in sizes for seed in (0, 1)),
     (triton_extremes.overflowing_output_keeps_gradients, ()),
+    (triton_extremes.one_key_of_many_overflows, ()),
 ]  # fmt: skip
 NAMES = [" ".join([check.__name__, *(str(argument).removeprefix("torch.") for argument in arguments)])
          for check, arguments in CHECKS]  # fmt: skip
