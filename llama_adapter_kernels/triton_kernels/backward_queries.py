@@ -131,7 +131,7 @@ def backward_queries(
         if MASK != MASK_NONE:
             mask_base = mask + offset(b, mask_stride_batch, 1) + offset(head, mask_stride_head, 1)
             mask_rows = mask_base + offset(rows, mask_stride_query, 1)
-        row_last = tl.minimum(row_first + BLOCK_M, queries) - 1
+        row_last = row_first + BLOCK_M - 1  # or past the last query, where none sees more keys
         first, last, blocks, whole = visible_blocks(
             row_begin, row_end, row_valid, row_first, row_last, queries, begin, end, keys, BLOCK_N, CAUSAL, TOKENS
         )

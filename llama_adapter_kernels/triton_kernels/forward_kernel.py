@@ -105,7 +105,7 @@ def forward_kernel(
     row_begin, row_end = row_windows(
         rows, queries, begin, end, cu_seqlens_q, cu_seqlens_k, total_q, total_k, sequences, search_steps, CAUSAL, TOKENS
     )
-    row_last = tl.minimum(row_first + BLOCK_M, queries) - 1
+    row_last = row_first + BLOCK_M - 1  # or past the last query, where none sees more keys
     first, last, blocks, whole = visible_blocks(
         row_begin, row_end, row_valid, row_first, row_last, queries, begin, end, keys, BLOCK_N, CAUSAL, TOKENS
     )
