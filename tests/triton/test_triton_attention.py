@@ -51,6 +51,7 @@ CASES: list[tuple[Case, tuple[torch.dtype, ...]]] = [
           (((5, 7), (0, 3), (4, 0), (33, 17), (7, 9)), False, SINGLE, {}),
           (((70, 70), (1, 1), (1, 1), (40, 40)), True, HALF, {}),
           (((70, 90), (3, 3)), False, SINGLE, {"prefix": "none"}),
+          (((20, 20), (9, 120)), True, SINGLE, {}),  # blocks of keys that all queries see, fewer than a block of queries
           (((3, 3),) * 12, True, SINGLE, {"prefix_length": 1}),
           (((20, 20), (45, 45)), True, HALF, {"prefix_length": 70}),
           (((9, 30), (30, 9)), True, SINGLE, {"scale": -0.4}))),
