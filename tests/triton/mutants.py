@@ -26,13 +26,20 @@ FILES = (
 )  # fmt: skip
 # (file, what stands there, what stands there instead): why no check can notice.
 EQUIVALENT = {
-    ("problem.py", "tl.minimum(end, rows + (end - queries) + 1)", "(rows + (end - queries) + 1)"):
-        "only rows past the last query see further, and nothing of them is stored",
+    ("problem.py", "tl.minimum(tl.maximum(column_first + diagonal, query_first), query_first + queries)",
+     "(tl.maximum(column_first + diagonal, query_first))"):
+        "whatever offsets say, bisection finds the sequence that holds the key, and its last query sees it",
+    ("scores.py", "tl.maximum(whole - first, 0)", "(0)"):
+        "blocks that are seen whole are tested, too: it costs time alone",
     ("forward_kernel.py", "blocks - whole", "(blocks + (whole))"):
         "blocks after the last key are seen by no row: they cost time alone",
     ("backward_rows.py", "tl.where(none, 0.0, largest + tl.log2(tl.where(none, 1.0, total)))",
      "(largest + tl.log2(tl.where(none, 1.0, total)))"):
         "of a sequence without a prefix nobody reads the sums that this makes NaN",
+    ("backward_rows.py", "tl.where(from_keys, row_end, 0)", "(row_end)"):
+        "keys that no row asks for add nothing to those that do: they cost time alone",
+    ("backward_rows.py", "row_valid & (head == 0)", "(row_valid)"):
+        "every head writes the same windows",
     ("backward_keys.py", "row_stop - row_first", "(row_stop + (row_first))"):
         "blocks before the first row that sees a key add nothing: they cost time alone",
     ("backward_keys.py", "column_valid[:, None] & row_valid[None, :]", "(column_valid[:, None])"):
