@@ -40,8 +40,14 @@ EQUIVALENT = {
         "keys that no row asks for add nothing to those that do: they cost time alone",
     ("backward_rows.py", "row_valid & (head == 0)", "(row_valid)"):
         "every head writes the same windows",
+    ("backward_keys.py", "tl.minimum(column_first + BLOCK_N, end)", "(column_first + BLOCK_N)"):
+        "a block that crosses the last valid key is tested whole anyway, one after it costs time alone",
+    ("backward_keys.py", "column_first < begin", "(column_first <= begin)"):
+        "a block that is seen whole is tested, too: it costs time alone",
     ("backward_keys.py", "row_stop - row_first", "(row_stop + (row_first))"):
         "blocks before the first row that sees a key add nothing: they cost time alone",
+    ("backward_keys.py", "tl.where(column_low <= column_high, blocks, 0)", "(blocks)"):
+        "what is added up for keys none of which is valid is stored as zeros: it costs time alone",
     ("backward_keys.py", "column_valid[:, None] & row_valid[None, :]", "(column_valid[:, None])"):
         "Q, dO and statistics of rows that are not there are 0: they add nothing (but without the test ptxas spills)",
     ("backward_keys.py", "column_valid[:, None] & row_valid[None, :]", "(row_valid[None, :])"):
