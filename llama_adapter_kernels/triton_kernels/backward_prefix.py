@@ -116,7 +116,7 @@ def sum_parts(
         b = row // parts
         used = row < last
         if prefix_index is not None:
-            used = used & (tl.load(prefix_index + b, mask=used, other=-1) == entry)
+            used = tl.load(prefix_index + b, mask=used, other=-1) == entry
         pointers = partial + b.to(tl.int64) * sequence_stride + (row % parts).to(tl.int64) * part_stride
         valid = used[:, None] & column_valid[None, :]
         total += tl.load(pointers[:, None] + columns.to(tl.int64)[None, :], mask=valid, other=0.0)

@@ -75,7 +75,7 @@ def decode_split_kernel(
     row_limit = tl.zeros([BLOCK_M], tl.int32) + end
     whole = last
     if CAUSAL:
-        row_limit = tl.minimum(end, position + (end - seq_q) + 1)
+        row_limit = position + (end - seq_q) + 1  # the last query's is `end`
         whole = tl.minimum(last, end - seq_q + 1)
     blocks = tl.cdiv(tl.maximum(last - first, 0), BLOCK_N)
     whole_blocks = tl.maximum(whole - first, 0) // BLOCK_N
