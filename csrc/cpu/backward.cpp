@@ -14,8 +14,8 @@
 // for its keys: dK and dV. O(sequence * head_dim), nothing of size sequence^2.
 #include <limits>
 
+#include "choose_products.h"
 #include "kernel_table.h"
-#include "products.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
@@ -57,7 +57,7 @@ struct PrefixSums {
 template <class Products>
 struct BackwardScratch {
   using C = typename Products::C;
-  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *values, *dkeys, *dvalues;
+  C *query_t, *doutput_t, *output_t, *query, *doutput, *dquery, *keys, *summed_keys, *values, *dkeys, *dvalues;
   C *scores, *dscores, *packed_weights, *logsumexp, *delta, *squared_noise;
 
   BackwardScratch(Scratch& memory, const ZeroGateParams& params, const Partition& part) {
@@ -68,8 +68,9 @@ struct BackwardScratch {
     query = memory.take<C>(rows);
     doutput = memory.take<C>(rows);
     dquery = memory.take<C>(part.key_splits == 1 && params.dquery.data ? rows : 0);
-    const int64_t block = larger(kBlockKeys, part.padded_slots);
+    const int64_t block = round_up(larger(kBlockKeys, part.padded_slots), kBlockKeys);
     keys = memory.take<C>(block * part.padded_depth);
+    summed_keys = Products::kCopiesDottedRows ? memory.take<C>(block * part.padded_depth) : keys;
     values = memory.take<C>(block * part.padded_depth);
     dkeys = memory.take<C>(params.dkey.data ? keys_rows * part.padded_depth : 0);
     dvalues = memory.take<C>(params.dkey.data ? keys_rows * part.padded_depth : 0);
@@ -208,7 +209,7 @@ class BackwardTask {
     const auto k = Products::dotted_rows(keys, params.prefix_key.stride_row, n, depth, scratch.keys);
     const auto v = Products::dotted_rows(row_pointer<const T>(params.prefix_value, seq.prefix, head_kv, 0),
                                          params.prefix_value.stride_row, n, depth, scratch.values);
-    const auto summed_k = Products::summed_rows(keys, params.prefix_key.stride_row, n, depth, scratch.keys);
+    const auto summed_k = Products::summed_rows(keys, params.prefix_key.stride_row, n, depth, scratch.summed_keys);
     const int64_t entry = batch * params.heads_q + head, elements = n * padded_depth;
     C* dkey = write ? work.prefix.dkey + entry * elements : nullptr;
     C* dvalue = write ? work.prefix.dvalue + entry * elements : nullptr;
@@ -305,7 +306,7 @@ class BackwardTask {
     const int64_t k0 = first_key(round), n = smaller(kBlockKeys, seq.key_end - k0);
     const KeysAndValues of = operands(k0, n);
     const T* keys = row_pointer<const T>(params.key, batch, head_kv, seq.first_key + k0);
-    const auto summed_k = Products::summed_rows(keys, params.key.stride_row, n, depth, scratch.keys);
+    const auto summed_k = Products::summed_rows(keys, params.key.stride_row, n, depth, scratch.summed_keys);
     const int64_t first_seeing = larger(0, k0 - seq.diagonal) / kBlockQueries;
     for (int64_t i = first_seeing; i < blocks; ++i) {
       const int64_t q0 = i * kBlockQueries, rows = smaller(kBlockQueries, seq.queries - q0), hidden = k0 - seq.diagonal - q0;
@@ -462,6 +463,7 @@ void backward_with(const ZeroGateParams& params, const Parallel& parallel) {
   const Partition part = partition_of<C>(params);
   const Workspace<Products> work(params, part, parallel.threads);
   run_tasks(parallel, params.batch * params.heads_kv * part.key_splits, [&](int64_t task, int64_t worker) {
+    [[maybe_unused]] const typename Products::Registers registers;
     Scratch memory(work.workers + worker * work.scratch_bytes);
     const BackwardScratch<Products> scratch(memory, params, part);
     const int64_t split = task % part.key_splits, head = task / part.key_splits % params.heads_kv;

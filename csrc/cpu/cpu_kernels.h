@@ -16,9 +16,9 @@ struct Parallel {
 };
 
 // Instruction sets the same sources are compiled for, weakest first.
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4 };
 
-const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512", "avx512_bf16"
+const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"
 bool isa_supported(Isa isa);    // built in, and this CPU and operating system can run it
 
 // The kernels of one instruction set. An operation asks for them once and uses the same ones to size its workspace and to run.

@@ -6,10 +6,32 @@
 
 #include "kernel_table.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lak::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAll[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16};
+
+#if defined(__x86_64__) && !defined(LAK_BF16_STAND_IN)
+// AMX's registers are 8 KiB, which Linux saves only for processes that have asked for them. It also refuses where a signal stack
+// would be too small.
+bool amx_bf16_permitted() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7
+  constexpr int kAskForFeature = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTiles) &&
+         syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // CPUID and the operating system's register saving, asked once.
 bool detect(Isa isa) {
@@ -23,9 +45,11 @@ bool detect(Isa isa) {
     case Isa::kAvx2: return avx2;
     case Isa::kAvx512: return avx512;
 #if defined(LAK_BF16_STAND_IN)
-    case Isa::kAvx512Bf16: return LAK_BF16_STAND_IN;  // avx2 or avx512: what the stand-in is compiled for
+    case Isa::kAvx512Bf16:
+    case Isa::kAmxBf16: return LAK_BF16_STAND_IN;  // avx2 or avx512: what the stand-in is compiled for
 #else
     case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmxBf16: return avx512 && __builtin_cpu_supports("avx512bf16") && amx_bf16_permitted();
 #endif
   }
 #endif
@@ -38,6 +62,7 @@ const Kernels& kernels_of(Isa isa) {
     case Isa::kAvx2: return avx2::kKernels;
     case Isa::kAvx512: return avx512::kKernels;
     case Isa::kAvx512Bf16: return avx512_bf16::kKernels;
+    case Isa::kAmxBf16: return amx_bf16::kKernels;
 #endif
     default: return baseline::kKernels;
   }
@@ -78,12 +103,13 @@ const char* isa_name(Isa isa) {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAmxBf16: return "amx_bf16";
   }
   return "unknown";
 }
 
 bool isa_supported(Isa isa) {
-  static const bool supported[] = {detect(kAll[0]), detect(kAll[1]), detect(kAll[2]), detect(kAll[3])};
+  static const bool supported[] = {detect(kAll[0]), detect(kAll[1]), detect(kAll[2]), detect(kAll[3]), detect(kAll[4])};
   return supported[static_cast<int>(isa)];
 }
 

@@ -7,8 +7,8 @@
 //
 // Scratch of a worker: Q^T [head_dim][queries], S^T [keys][queries], accumulator [queries][head_dim], and the key and
 // value block in the form that the products want (products.h). At head_dim 64 and 128 the tiles in use together fit the L1/L2 cache.
+#include "choose_products.h"
 #include "kernel_table.h"
-#include "products.h"
 
 namespace lak::cpu::LAK_ISA {
 namespace {
@@ -209,6 +209,7 @@ void forward_with(const ZeroGateParams& params, const Parallel& parallel) {
   const int64_t blocks = (params.seq_q + kBlockQueries - 1) / kBlockQueries;
   const int64_t bytes = scratch_bytes<C>(params.head_dim);
   run_tasks(parallel, params.batch * params.heads_q * blocks, [&](int64_t task, int64_t worker) {
+    [[maybe_unused]] const typename Products::Registers registers;
     // The blocks of one head follow each other, so that its keys and values stay in cache; the last, longest one first.
     const int64_t block = blocks - 1 - task % blocks, head = task / blocks % params.heads_q, b = task / blocks / params.heads_q;
     const Sequence sequence = sequence_of(params, b);

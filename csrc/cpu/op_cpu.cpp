@@ -107,7 +107,7 @@ void force_cpu_instruction_set(std::string name) { cpu::force_isa(name); }
 
 std::string cpu_instruction_sets() {
   std::string names;
-  for (auto isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16}) {
+  for (auto isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kAmxBf16}) {
     if (!cpu::isa_supported(isa)) continue;
     if (!names.empty()) names += ' ';
     names += cpu::isa_name(isa);

@@ -28,14 +28,25 @@ LAK_INLINE Vec<float> dot_pairs(Vec<float> sum, Pairs a, Pairs b) {
 #endif
 }
 
-// Two vectors of float to pairs, rounded to nearest even.
+// Two vectors of weights to pairs, rounded to nearest even. The instruction turns denormals to 0, as those that multiply them do.
 LAK_INLINE Pairs to_pairs(Vec<float> low, Vec<float> high) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Pairs)_mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
   return (Pairs)(round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000u));
+#endif
 }
 
 // A vector's elements of each of two rows: pairs of what is above one another. A widened bfloat16 is its bits, 16 up.
 LAK_INLINE Pairs interleave(const BFloat16* low, const BFloat16* high) {
+#if defined(__AVX512F__)
+  const __m512i upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  return (Pairs)_mm512_or_si512(_mm512_slli_epi32(upper, 16), _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low)));
+#else
   return (((Pairs)load_wide(low) >> 16) & 0xffff) | (Pairs)load_wide(high);
+#endif
 }
 
 // Neighbours in memory, which begin at any element.
@@ -99,7 +110,13 @@ inline void pack_rows_in_pairs(float* weights, int64_t n, int64_t columns, int64
 // The first `columns` (whole vectors) of [n][ld], rounded to bfloat16.
 inline void narrow_weights(const float* weights, int64_t n, int64_t columns, int64_t ld, BFloat16* to) {
   for (int64_t t = 0; t < n; ++t) {
-    for (int64_t m = 0; m < columns; m += kLanes<float>) store_narrow(to + t * ld + m, load(weights + t * ld + m));
+    for (int64_t m = 0; m < columns; m += kLanes<float>) {
+#if defined(__AVX512BF16__)
+      _mm256_storeu_si256((__m256i*)(to + t * ld + m), (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + t * ld + m)));
+#else
+      store_narrow(to + t * ld + m, load(weights + t * ld + m));
+#endif
+    }
   }
 }
 

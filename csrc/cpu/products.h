@@ -1,10 +1,11 @@
 // The block products of forward and backward, in the form that storage type and CPU allow.
 //
-// Forward and backward are written once, over one of two sets of products:
+// Forward and backward are written once, over one of three sets of products:
 //   FloatProducts  operands as floats (or doubles), widened where storage is narrower;
-//   PairProducts   bfloat16 in pairs along the summed dimension, for CPUs with vdpbf16ps (pairs.h).
+//   PairProducts   bfloat16 in pairs along the summed dimension, for CPUs with vdpbf16ps (pairs.h);
+//   TileProducts   the same in tile registers, for CPUs with AMX (amx_products.h).
 //
-// Both know four forms of an operand. A block of queries is transposed into columns, [head_dim][query], for products along
+// All know four forms of an operand. A block of queries is transposed into columns, [head_dim][query], for products along
 // head_dim; the rows they meet there (K, V) are `dotted`. Rows that are summed up with weights (V; K, Q and dO in the
 // backward pass) are `summed`. Weights lie [key][query]; a sum over keys and a sum over queries may each want them packed.
 #pragma once
@@ -25,7 +26,9 @@ struct FloatProducts {
   using Storage = T;
   using C = Compute<T>;
   using Operand = Rows<T, C>;
+  struct Registers {};  // what a task has to set up before it multiplies
   static constexpr bool kPacksWeights = false;
+  static constexpr bool kCopiesDottedRows = false;  // apart from what summed_rows writes
 
   static Operand dotted_rows(const T* from, int64_t stride, int64_t rows, int64_t depth, C* scratch) {
     return dense_rows<T, C>(from, stride, rows, depth, scratch);
@@ -89,7 +92,9 @@ struct FloatProducts {
 struct PairProducts {
   using Storage = BFloat16;
   using C = float;
+  struct Registers {};
   static constexpr bool kPacksWeights = true;
+  static constexpr bool kCopiesDottedRows = false;
   static constexpr int64_t kLane = kLanes<C>;
 
   struct DottedRows {  // as they lie in memory
@@ -183,19 +188,5 @@ struct PairProducts {
   static const uint32_t* pairs_in(const C* buffer) { return reinterpret_cast<const uint32_t*>(buffer); }
 };
 #endif
-
-// Calls f with the products for a problem.
-template <class F>
-auto with_products(const ZeroGateParams& params, const F& f) {
-  return with_storage_type(params.dtype, [&](auto type) {
-    using T = decltype(type);
-#if LAK_HAS_PAIRS
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (params.head_dim % 2 == 0) return f(PairProducts{});
-    }
-#endif
-    return f(FloatProducts<T>{});
-  });
-}
 
 }  // namespace lak::cpu::LAK_ISA

@@ -97,24 +97,29 @@ void multiply(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t rows, in
   }
 }
 
-// L x L transpose in registers: log2(L) rounds of exchanging half-blocks.
+// One round of a transpose: of each 2 x 2 block of `half` x `half` elements in two rows, the other diagonal changes places.
+template <class C>
+LAK_INLINE void exchange_halves(Vec<C>& a, Vec<C>& b, int half) {
+  constexpr int kLane = kLanes<C>;
+  IntVec<C> low{}, high{};
+  for (int lane = 0; lane < kLane; ++lane) {  // lane >= lanes selects from the second operand
+    low[lane] = lane & half ? lane - half + kLane : lane;
+    high[lane] = lane & half ? lane + kLane : lane + half;
+  }
+  const Vec<C> first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = first;
+}
+
+// L x L transpose in registers: log2(L) rounds.
 template <class C>
 LAK_INLINE void transpose_square(Vec<C> (&rows)[kLanes<C>]) {
-  using I = IntVec<C>;
   constexpr int kLane = kLanes<C>;
 #pragma GCC unroll 4
   for (int half = 1; half < kLane; half *= 2) {
-    I low{}, high{};
-    for (int lane = 0; lane < kLane; ++lane) {  // lane >= lanes selects from the second operand
-      low[lane] = lane & half ? lane - half + kLane : lane;
-      high[lane] = lane & half ? lane + kLane : lane + half;
-    }
 #pragma GCC unroll 16
     for (int r = 0; r < kLane; ++r) {
-      if (r & half) continue;
-      const Vec<C> a = rows[r], b = rows[r + half];
-      rows[r] = __builtin_shuffle(a, b, low);
-      rows[r + half] = __builtin_shuffle(a, b, high);
+      if (!(r & half)) exchange_halves<C>(rows[r], rows[r + half], half);
     }
   }
 }

@@ -1,7 +1,7 @@
-"""The kernels for CPUs with bfloat16 dot products, on a CPU without them.
+"""The kernels for CPUs with bfloat16 dot products or AMX, on a CPU without them.
 
-The library is built once more with that one instruction replaced by its definition (csrc/cpu/pairs.h), and the tests of
-the CPU kernels run on it in a process of their own.
+The library is built once more with these instructions replaced by their definitions (csrc/cpu/pairs.h, csrc/cpu/amx.h), and
+the tests of the CPU kernels run on it in a process of their own.
 """
 
 import os
@@ -19,19 +19,22 @@ ROOT = Path(__file__).parents[2]
 FILES = [f"tests/cpu/test_{name}.py" for name in ("attention_cpu", "scales", "special_values")]
 BUILD = ROOT / "build" / "bf16_stand_in"
 
-# What the stand-in process runs first: the two builds round differently, so equal bits would mean that one was not used.
+# What the stand-in process runs first: the builds round differently, so equal bits would mean that one was not used.
 DIFFERS = """
 import torch
 import llama_adapter_kernels as lak
-q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 4, 310, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 results = []
-for isa in ("baseline", "avx512_bf16"):
+for isa in ("baseline", "avx512_bf16", "amx_bf16"):
     torch.ops.llama_adapter_kernels.force_cpu_instruction_set(isa)
     output = lak.zero_gate_attention(q, k, v, None, None, None, is_causal=True, backend="cpu")
     results.append([output, *torch.autograd.grad(output.float().square().sum(), (q, k, v))])
-for plain, in_pairs in zip(*results):
-    assert not torch.equal(plain, in_pairs)
+for plain, in_pairs, in_tiles in zip(*results):
+    assert not torch.equal(plain, in_pairs) and not torch.equal(plain, in_tiles)
     torch.testing.assert_close(plain, in_pairs, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(plain, in_tiles, atol=0.1, rtol=0.05)
+assert not all(map(torch.equal, results[1], results[2]))
 print(lak.__file__)
 """
 
@@ -68,12 +71,13 @@ def run(environment: dict[str, str], *arguments: str) -> str:
     return result.stdout
 
 
-def test_the_pairs_are_used(environment: dict[str, str]) -> None:
+def test_pairs_and_tiles_are_used(environment: dict[str, str]) -> None:
     assert str(BUILD) in run(environment, "-c", DIFFERS)
 
 
-def test_bfloat16(environment: dict[str, str]) -> None:
-    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", "avx512_bf16 and bfloat16"]
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx_bf16"])
+def test_bfloat16(environment: dict[str, str], isa: str) -> None:
+    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", f"{isa} and bfloat16"]
     report = run(environment, "-m", "pytest", "-q", *arguments, *FILES)
     passed = int(report.rsplit(" passed", 1)[0].split()[-1])
     assert passed >= 20, report
