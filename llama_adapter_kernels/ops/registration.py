@@ -171,7 +171,7 @@ if library_error is None:
     register("llama_adapter_kernels")
 _triton_library = _register_triton()
 
-# Names the CPU kernels' instruction set: baseline, avx2, avx512, avx512_bf16 or amx_bf16. Read once, when it is first needed.
+# The CPU kernels' instruction set: baseline, avx2, avx512, avx512_bf16 or amx_bf16. Read once, when it is first needed.
 CPU_ISA_VARIABLE = "LAK_CPU_ISA"
 
 
