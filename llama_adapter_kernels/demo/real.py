@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 import typer
+from rich.progress import track
 from transformers import TrainerCallback
 
 from llama_adapter_kernels.demo.pictures import gates_picture, loss_picture
@@ -113,8 +114,8 @@ def _run(
     loss = _Loss(unseen, device)
 
     _heading("Before: the model, frozen")
-    answerer, shown = Answerer(network, tokenizer), _shown(held_out)
-    before, loss_before = [answerer.answer([row], GREEDY)[0] for row in shown], loss(network)
+    shown, loss_before = _shown(held_out), loss(network)
+    before = _answers(network, tokenizer, shown)
     typer.echo(f"held-out loss {loss_before:.3f}")
 
     _heading("Training: prompts and gates only")
@@ -123,8 +124,7 @@ def _run(
     outcome = train(network, adapter, examples, output, settings, execution, callbacks=[measured])
 
     _heading("After")
-    answerer = Answerer(network, tokenizer)
-    after, loss_after = [answerer.answer([row], GREEDY)[0] for row in shown], loss(network)
+    loss_after, after = loss(network), _answers(network, tokenizer, shown)
     typer.echo(f"held-out loss {loss_before:.3f} -> {loss_after:.3f}")
     results = Results(
         model=Path(model).name, data=data.name, rows=len(training), outcome=outcome,
@@ -182,6 +182,11 @@ def report(results: Results) -> str:
 def _shown(rows: list[Row]) -> list[Row]:
     """Short instructions come first."""
     return sorted(rows, key=lambda row: len(row.instruction) + len(row.input))[:SHOWN]
+
+
+def _answers(model: Any, tokenizer: Any, rows: list[Row]) -> list[str]:
+    answerer = Answerer(model, tokenizer)
+    return [answerer.answer([row], GREEDY)[0] for row in track(rows, "answering")]
 
 
 def _heading(text: str) -> None:
