@@ -63,11 +63,14 @@ def attention_by_descriptors(case: Case, dtype: torch.dtype) -> None:
 
 
 def decode(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    problem = make_problem(case, dtype, device)
-    truth_problem = Problem(case, problem.tensors, problem.arguments)  # without gradients
+    decode_problem(make_problem(case, dtype, device), device)
+
+
+def decode_problem(problem: Problem, device: str = "cpu") -> None:
+    truth_problem = Problem(problem.case, problem.tensors, problem.arguments)  # without gradients
     with poisoned_memory(device), torch.no_grad():
         found = deviations(truth_problem, {"output": _decode(problem)})
-    assert all(deviation.ok for deviation in found), f"{case.name} {dtype}: {found[0]}"
+    assert all(deviation.ok for deviation in found), f"{problem.case.name}: {found[0]}"
 
 
 def _decode(problem: Problem) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter_kernels.testing import Case, Problem, deviations, make_problem, truth_of
-from tests.support.triton_checks import poisoned_memory
+from tests.support.triton_checks import decode_problem, poisoned_memory
 
 ONE_HEAD_PAIR = {"batch": 1, "heads_q": 2, "heads_kv": 1}
 
@@ -159,6 +159,22 @@ def large_scores(dtype: torch.dtype, size: float, seed: int, device: str = "cpu"
         floor = torch.finfo(dtype).eps * largest
         allowed = (4 if dtype == torch.float32 else 2) * of_flash + 2 * floor
         assert error <= allowed, f"{name}: error {error:.3e}, FlashAttention's {of_flash:.3e}, {floor=:.3e}"
+
+
+def one_dominant_score(which: str, where: int, device: str = "cpu") -> None:
+    """A score of 140 and more in an early or a late tile: exponentials relative to another tile's maximum overflow."""
+    case = Case(**ONE_HEAD_PAIR, seq_q=2, seq_k=300, prefix_length=100)
+    problem = make_problem(case, torch.float16, device)
+    query, key = problem.tensors["query"], problem.tensors[which]
+    assert query is not None
+    assert key is not None
+    query.data[..., :8] = query.data[..., :8].abs() + 1
+    key.data[:, :, where] = 0
+    key.data[:, :, where, :8] = 100
+    results = _run(problem, device)
+    bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
+    assert not bad, bad
+    decode_problem(problem, device)
 
 
 def overflowing_output_keeps_gradients(device: str = "cpu") -> None:

@@ -15,6 +15,8 @@ CHECKS = [
     *((triton_extremes.large_scores, (dtype, size, seed))
       for dtype, sizes in ((SINGLE, (10.0, 1000.0)), (BRAIN, (10.0, 100.0, 1000.0)), (HALF, (100.0,)))
       for size in sizes for seed in (0, 1)),
+    *((triton_extremes.one_dominant_score, (which, where))
+      for which, wheres in (("key", (0, 290)), ("prefix_key", (0, 90))) for where in wheres),
     (triton_extremes.overflowing_output_keeps_gradients, ()),
     (triton_extremes.one_key_of_many_overflows, ()),
 ]  # fmt: skip
