@@ -19,7 +19,7 @@ help:
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
 	@echo "make mutants-cuda  the same for the CUDA kernels, run by the emulator: no GPU needed"
-	@echo "make mutants-triton  the same for the Triton kernels, interpreted; SAMPLE=N of 427, 60 by default"
+	@echo "make mutants-triton  the same for the Triton kernels, interpreted; SAMPLE=N of 425, 60 by default"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
 	@echo "make bench-training  fine-tuning beside HF Trainer with PEFT, TRL and LitGPT (10 minutes; downloads a model of 93 MB)"

@@ -180,6 +180,6 @@ def decode_combine_kernel(
             total = total * rescale + tl.sum(slot_weights, 0)
             prefix_acc = prefix_acc * rescale + tl.sum(slot_weights[:, None] * prefix_v.to(tl.float32), 0)
             largest = new_largest
-        acc += prefix_acc * tl.where(total == 0.0, gate_value * 0.0, gate_value / tl.where(total == 0.0, 1.0, total))
+        acc += prefix_acc * tl.where(total == 0.0, gate_value * 0.0, gate_value / total)
     output_row = head_rows(output, b, head, position, output_strides, ALIGNMENT)
     tl.store(output_row + dim, acc.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
