@@ -25,6 +25,9 @@ DECODE = [
     Case(batch=2, heads_q=2, heads_kv=2, seq_q=2, seq_k=100, prefix="none"),
     Case(batch=2, heads_q=2, heads_kv=1, seq_q=4, seq_k=2),  # rows before the first key
     Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=100, scale=-0.2, layout="bshd"),
+    Case(
+        batch=1, heads_q=2, heads_kv=1, seq_q=3, seq_k=300, head_dim=40, layout="bshd"
+    ),  # rows side by side, many splits
 ]
 BEHAVIOUR = [
     triton_checks.unused_keys_hold_nan,
