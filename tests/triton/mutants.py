@@ -52,6 +52,8 @@ EQUIVALENT = {
         "Q, dO and statistics of rows that are not there are 0: they add nothing (but without the test ptxas spills)",
     ("backward_keys.py", "column_valid[:, None] & row_valid[None, :]", "(row_valid[None, :])"):
         "keys that are not valid only reach rows of dK and dV that are stored as zeros",
+    ("zero_tail.py", "row_first + ROWS <= first", "(row_first + ROWS < first)"):
+        "a block that ends where the tail begins has no row to write",
 }  # fmt: skip
 COMPARISONS: dict[type, str] = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 
