@@ -88,6 +88,52 @@ def test_instructions_of_tuned_kernels(kernels: list[Kernel], name: str, archite
     assert count(code, r"REDG?\.E\.ADD\.F32\S*") >= (32 if name == "backward_keys" else 0)
 
 
+def loop_over_keys(code: str, products: int) -> list[tuple[str, list[int]]]:
+    """(instruction, numbers of its registers) of the shortest loop with so many products."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\d+ +)?([A-Z0-9_.]+)([^;]*);", code)
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(found)}
+    loops = []
+    for i, (address, name, operands) in enumerate(found):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < int(address, 16):
+            loops.append(found[at[int(target[1], 16)] : i])
+    body = min((loop for loop in loops if sum(name.startswith("HMMA") for _, name, _ in loop) >= products), key=len)
+    return [(name, [int(r) for r in re.findall(r"\bR(\d+)", operands)]) for _, name, operands in body]
+
+
+def products_before_use(body: list[tuple[str, list[int]]]) -> list[int]:
+    """For every ldmatrix of a loop: how many products are issued between it and the first one that needs what it loads."""
+    distances, products = [], 0
+    loaded: dict[int, tuple[int, int]] = {}  # register -> (the load, products issued before it)
+    for round_ in range(2):  # what the end of the loop loads, its beginning uses
+        for i, (name, registers) in enumerate(body):
+            if name.startswith("LDSM"):
+                for register in range(registers[0], registers[0] + 4):
+                    if round_ == 0:
+                        loaded[register] = (i, products)
+                    else:
+                        loaded.pop(register, None)
+            elif name.startswith("HMMA"):
+                _, a, b = registers[:3]
+                used = {loaded[r] for r in (*range(a, a + 4), b, b + 1) if r in loaded}
+                distances += [products - before for _, before in used]
+                loaded = {r: load for r, load in loaded.items() if load not in used}
+                products += 1
+    return distances
+
+
+@pytest.mark.parametrize("architecture", SHARED_KIB)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_operands_are_loaded_ahead(kernels: list[Kernel], head_dim: int, architecture: str) -> None:
+    """ldmatrix takes about as long as four products of a warp, and the compiler puts so many between it and its use, but for those
+    with which a run of products begins."""
+    (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == ("forward", "bfloat16", head_dim))
+    distances = products_before_use(loop_over_keys(disassembly(kernel, architecture), head_dim))
+    assert len(distances) >= head_dim // 4
+    assert sorted(distances)[len(distances) // 2] >= 8, distances
+    assert sum(distance < 4 for distance in distances) <= len(distances) / 5, distances
+
+
 def test_float32_is_not_rounded(kernels: list[Kernel]) -> None:
     (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == ("forward_masked", "float32", 64))
     code = disassembly(kernel, "sm_80")
