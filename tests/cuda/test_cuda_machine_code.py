@@ -125,8 +125,8 @@ def products_before_use(body: list[tuple[str, list[int]]]) -> list[int]:
 @pytest.mark.parametrize("architecture", SHARED_KIB)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_operands_are_loaded_ahead(kernels: list[Kernel], head_dim: int, architecture: str) -> None:
-    """ldmatrix takes about as long as four products of a warp, and the compiler puts so many between it and its use, but for those
-    with which a run of products begins."""
+    """ldmatrix takes about as long as four products of a warp, and the compiler puts so many between it and its use, except
+    for those with which a run of products begins."""
     (kernel,) = (k for k in kernels if (k.name, k.dtype, k.head_dim) == ("forward", "bfloat16", head_dim))
     distances = products_before_use(loop_over_keys(disassembly(kernel, architecture), head_dim))
     assert len(distances) >= head_dim // 4
