@@ -118,7 +118,7 @@ def trl(race: Race, gate: Gate, material: tuple[Any, Any, list[Any]], folder: Pa
     arguments = SFTConfig(
         **_trainer_arguments(race, folder), packing=True, max_length=race.tokens_at_once, per_device_train_batch_size=1,
         gradient_accumulation_steps=max(1, round(race.rows * mean / race.tokens_at_once)), bf16=False,
-        completion_only_loss=True, gradient_checkpointing=False,
+        completion_only_loss=True, activation_checkpointing=False,
     )  # fmt: skip
     trainer = SFTTrainer(
         model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora_config(),

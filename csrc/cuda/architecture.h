@@ -18,6 +18,7 @@ struct Architecture {
   int (*decode)(const ZeroGateParams& params, cudaStream_t stream);
   int64_t (*backward_workspace)(const ZeroGateParams& params);  // bytes
   int64_t (*decode_workspace)(const ZeroGateParams& params);
+  int (*choose_forward_keys)(int capability, int keys);  // see lak_cuda_choose_forward_keys
   int (*probe)();                          // can the current device run code that was compiled like the kernels?
   void (*list_kernels)(std::string& lines);  // appends lines as lak_cuda_kernels describes them
 };

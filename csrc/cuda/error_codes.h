@@ -14,5 +14,6 @@ enum LakCudaError : int {
   kLakOutOfMemory,
   kLakTooMuchSharedMemory,
   kLakNoWorkspace,
+  kLakBadTile,
   kLakCudaError = 1000,  // plus a cudaError_t
 };

@@ -100,6 +100,8 @@ const char* lak_cuda_error(int code) {
     }
     case kLakOutOfMemory: return "the GPU's memory does not suffice for a context and the kernels' code";
     case kLakTooMuchSharedMemory: return "the GPU has too little shared memory for this kernel (99 KiB a block are needed)";
+    case kLakBadTile:
+      return "keys of forward's tiles: expected 64, 32, or 0 for the default, and a compute capability from 8.0 on";
     case kLakNoWorkspace: return "workspace: expected memory, got none";
     default: return code > kLakCudaError ? cudaGetErrorString(static_cast<cudaError_t>(code - kLakCudaError)) : "unknown error";
   }
@@ -126,6 +128,13 @@ int lak_cuda_backward(const ZeroGateParams* params, void* stream) {
 int lak_cuda_decode(const ZeroGateParams* params, void* stream) {
   return with_architecture(*params,
                            [&](const Architecture& a) { return a.decode(*params, static_cast<cudaStream_t>(stream)); });
+}
+
+int lak_cuda_choose_forward_keys(int capability, int keys) {
+  for (const Architecture* architecture : kArchitectures) {
+    if (capability >= architecture->least_capability) return architecture->choose_forward_keys(capability, keys);
+  }
+  return kLakBadTile;
 }
 
 int64_t lak_cuda_backward_workspace(const ZeroGateParams* params) {

@@ -23,6 +23,10 @@ LAK_EXPORT int lak_cuda_decode(const lak::ZeroGateParams* params, void* stream);
 // to 1 where a later call may be answered otherwise (memory, a device in use by another process), else to 0.
 LAK_EXPORT int lak_cuda_probe(int* can_change);
 
+// From now on forward takes tiles of `keys` keys on devices of a compute capability (major * 10 + minor), for all threads. Two sizes
+// are compiled for 16 bits and head_dim 65 to 128: 64 and 32. 0: whichever the kernels take without this call.
+LAK_EXPORT int lak_cuda_choose_forward_keys(int capability, int keys);
+
 // What is compiled, one line a kernel: architecture family, name, element type, padded head_dim, rows and keys of a tile, threads
 // of a block, blocks that a multiprocessor is meant to hold, dynamic shared memory of a block in bytes.
 LAK_EXPORT const char* lak_cuda_kernels();

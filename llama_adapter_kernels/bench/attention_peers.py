@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llama_adapter_kernels import zero_gate_decode
 from llama_adapter_kernels.bench.peer import Peer, Prepared
-from llama_adapter_kernels.ops import backends, reference
+from llama_adapter_kernels.ops import backends, cuda_tiles, reference
 from llama_adapter_kernels.testing import Problem
 
 SDPA_BACKENDS = {
@@ -237,6 +237,35 @@ def ours(prepare: Callable[[str, Problem, bool], Prepared]) -> list[Peer[Problem
     ]  # fmt: skip
 
 
+def _prepare_tile(keys: int, problem: Problem, backward: bool) -> Prepared:
+    query = problem.tensors["query"]
+    assert query is not None
+    capability = torch.cuda.get_device_capability(query.device)
+
+    def call() -> Tensor:
+        with cuda_tiles.forward_keys(capability, keys):
+            return problem.forward("cuda")
+
+    return Prepared(call, leaves(problem), problem.doutput)
+
+
+def _tile_reason(problem: Problem, backward: bool) -> str | None:
+    query = problem.tensors["query"]
+    assert query is not None
+    reason = _ours_reason("cuda", problem, backward)
+    if reason is None and (backward or query.dtype == torch.float32 or not 64 < query.shape[-1] <= 128):
+        return "two tiles are there for forward, 16 bits and head_dim 65 to 128"
+    return reason
+
+
+# Which of them won is for `bench --record-order`.
+TILES: list[Peer[Problem]] = [
+    Peer(f"ours-cuda-{keys}-keys", f"fused (cuda, tiles of {keys} keys)", partial(_prepare_tile, keys), ours=True,
+         quick=True, reason=_tile_reason)
+    for keys in cuda_tiles.KEYS
+]  # fmt: skip
+
+
 _SDPA: list[Peer[Problem]] = [
     Peer("sdpa", "plain SDPA, no prefix", partial(_prepare_sdpa, None), prefix=False, quick=True),
     Peer("two-sdpa", "two SDPA calls", partial(_prepare_sdpa, None), quick=True),
@@ -249,7 +278,7 @@ _SDPA: list[Peer[Problem]] = [
 _EAGER: list[Peer[Problem]] = [Peer("eager", "eager, concatenated", _prepare_eager, products=True, quick=True)]
 
 ATTENTION = [*_SDPA, *_EAGER, Peer("flex", "flex_attention twice", _prepare_flex, reason=_flex_reason),
-             *ours(prepare_ours)]  # fmt: skip
+             *ours(prepare_ours), *TILES]  # fmt: skip
 _ROWS: list[Peer[Problem]] = [
     Peer("sdpa-rows", "plain SDPA, group as rows, no prefix", _prepare_sdpa_rows, prefix=False, reason=_rows_reason),
     Peer("two-sdpa-rows", "two SDPA calls, group as rows", _prepare_sdpa_rows, quick=True, reason=_rows_reason),

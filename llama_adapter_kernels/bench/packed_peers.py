@@ -128,4 +128,5 @@ PACKED: list[Peer[Problem]] = [
     Peer("eager-512", "eager, concatenated, padded to 512", partial(_prepare_padded, "eager", LONGEST),
          products=True),
     *attention_peers.ours(attention_peers.prepare_ours),
+    *attention_peers.TILES,
 ]  # fmt: skip

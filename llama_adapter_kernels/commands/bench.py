@@ -100,18 +100,25 @@ def bench(
 
 def _record_order(found: "Results") -> None:
     from llama_adapter_kernels.bench import order_record
-    from llama_adapter_kernels.ops import order
+    from llama_adapter_kernels.ops import cuda_tiles, order
+    from llama_adapter_kernels.ops.record_file import RecordError
 
     try:
         entries = order_record.record(found, order.RECORD)
-    except (order.OrderError, OSError) as error:
+        tiles = order_record.record_tiles(found, cuda_tiles.RECORD)
+    except (RecordError, OSError) as error:
         raise UserError(f"--record-order: {error}") from error
     for entry in entries:
         typer.echo(
             f"order recorded: {entry.capability} {entry.pass_name} {entry.dtype} head_dim {entry.head_dim}: {entry.faster} "
             f"({entry.ratio:.2f} times the other's speed, {entry.races} races)"
         )
-    typer.echo(f"written: {order.RECORD}")
+    for tile in tiles:
+        typer.echo(
+            f"tiles recorded: {tile.capability} cuda forward, head_dim 65 to 128: {tile.keys} keys "
+            f"({tile.ratio:.2f} times the other's speed, {tile.races} races)"
+        )
+    typer.echo(f"written: {order.RECORD}{f' and {cuda_tiles.RECORD}' if tiles else ''}")
 
 
 def _result_path(output: Path | None, place: "torch.device", quick: bool) -> Path | None:

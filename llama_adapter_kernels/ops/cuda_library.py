@@ -81,6 +81,17 @@ def probe() -> tuple[str | None, bool]:
     return None if code == 0 else _library().lak_cuda_error(code).decode(), bool(can_change.value)
 
 
+def choose_forward_keys(capability: tuple[int, int], keys: int) -> None:
+    """Forward tiles of 64 or 32 keys on devices of one compute capability; 0: the library's default.
+
+    Raises:
+        ValueError: no such tile or no such device.
+    """
+    code = _library().lak_cuda_choose_forward_keys(10 * capability[0] + capability[1], keys)
+    if code != 0:
+        raise ValueError(_library().lak_cuda_error(code).decode())
+
+
 def architectures() -> list[str]:
     """The architectures with code of their own, such as "sm_80"."""
     return [f"sm_{number}" for number in _library().lak_cuda_architectures().decode().split()]

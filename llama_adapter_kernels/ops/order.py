@@ -13,13 +13,14 @@ The argument, where no race is recorded (none was run on a GPU yet):
 - decode and float32: cuda. Decode is bound by memory and launches; float32 has no matrix instructions on either side.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from llama_adapter_kernels.ops import record_file
 
 Pass = Literal["forward", "backward", "decode"]  # backward: forward and backward, a training step
 PASSES: tuple[Pass, ...] = ("forward", "backward", "decode")
@@ -50,39 +51,24 @@ class Entry:
         return self.capability, self.pass_name, self.dtype, self.head_dim
 
 
-class OrderError(ValueError):
-    """A record of another version, or races that say nothing; the message says why."""
-
-
 def load(path: Path) -> dict[tuple[str, str, str, int], Entry]:
     """The recorded entries by their key; none where there is no file.
 
     Raises:
-        OrderError: the file is not a record of this version.
+        RecordError: the file is not a record of this version.
     """
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text())
-        if (document["format"], document["version"]) != (FORMAT, VERSION):
-            raise OrderError(f"{path}: expected {FORMAT!r} version {VERSION}")
-        entries = [Entry(**entry) for entry in document["entries"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise (
-            error if isinstance(error, OrderError) else OrderError(f"{path}: no record of backends ({error})")
-        ) from error
+    entries = record_file.load(path, FORMAT, VERSION, Entry)
     for entry in entries:
         if entry.faster not in GPU_BACKENDS or entry.pass_name not in PASSES:
-            raise OrderError(f"{path}: expected a backend and a pass, got {entry.faster!r} and {entry.pass_name!r}")
+            raise record_file.RecordError(
+                f"{path}: expected a backend and a pass, got {entry.faster!r} and {entry.pass_name!r}"
+            )
     return {entry.key: entry for entry in entries}
 
 
 def save(entries: dict[tuple[str, str, str, int], Entry], path: Path) -> None:
     """Writes the record whole, one entry a line."""
-    lines = ",\n  ".join(json.dumps(asdict(entries[key])) for key in sorted(entries))
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(f'{{"format": "{FORMAT}", "version": {VERSION}, "entries": [\n  {lines}\n]}}\n')
-    temporary.replace(path)
+    record_file.save(path, FORMAT, VERSION, (entries[key] for key in sorted(entries)))
 
 
 def head_dim_class(head_dim: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_adapter_kernels.ops import cuda_tiles
 from llama_adapter_kernels.ops.arguments import Gradients, of_backward, of_forward
 
 _PACKAGE = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ library_error = _load("libllama_adapter_kernels.so")
 def _cuda_library_error() -> str | None:
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
-    return library_error or _load("libllama_adapter_kernels_cuda.so")
+    return library_error or _load("libllama_adapter_kernels_cuda.so") or cuda_tiles.apply()
 
 
 cuda_library_error = _cuda_library_error()

@@ -31,9 +31,10 @@ def packed(heads: int, head_dim: int) -> Problem:
     return make_problem(case, torch.bfloat16)
 
 
-def test_packed_alpaca_batch(emulator: ModuleType) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_alpaca_batch(emulator: ModuleType, head_dim: int) -> None:
     """At 8192 tokens: at least 97% of the blocks have work and of their rows are used, forward 4.2 N and backward 11 N."""
-    problem = packed(heads=1, head_dim=128)
+    problem = packed(heads=1, head_dim=head_dim)
     query = problem.tensors["query"]
     assert query is not None
     tokens, size = query.shape[0], query.numel() * query.element_size()
@@ -52,7 +53,9 @@ def test_packed_alpaca_batch(emulator: ModuleType) -> None:
     # A block of the only head takes one tile of rows, so that there are blocks enough, and leaves a partial sum of the
     # prefix's gradients for it, which is written and read once. Of 32 heads a block takes sixteen tiles.
     partial = 2 * (partial_sums(run, heads=1) - partial_sums(run, heads=32) / 32)
-    assert sum(read + written for _, read, written in moved.values()) - partial <= 11 * size, moved
+    windows = 2 * 8 * tokens * 31 / 32  # the keys that a row sees: written and read once for all heads
+    total = sum(read + written for _, read, written in moved.values()) - partial - windows
+    assert total <= 11 * size, moved
     blocks = emulator.blocks()
     for kernel, (launched, idle) in blocks.items():
         assert idle <= 0.03 * launched, kernel

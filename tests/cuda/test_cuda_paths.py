@@ -10,6 +10,7 @@ import torch
 from llama_adapter_kernels.bench.lengths import alpaca_lengths
 from llama_adapter_kernels.testing import Case, make_problem
 from tests.cuda.test_cuda_edges import SMALL, assert_within_rule, everything, int32
+from tests.support.emulated import EmulatedProblem
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -56,6 +57,39 @@ def test_long_masked_sequences(emulator: ModuleType, mask: str) -> None:
                          ids=lambda case: case.name)  # fmt: skip
 def test_forward_on_every_card(card: ModuleType, case: Case) -> None:
     assert_within_rule(card, make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("capability", [80, 86])
+def test_forward_takes_the_chosen_tile(emulator: ModuleType, capability: int) -> None:
+    """Of 64 keys or of 32, whatever the card would take by itself; a tile costs two barriers of the block."""
+    problem = make_problem(replace(SMALL, head_dim=128, seq_q=20, seq_k=256, is_causal=False), torch.bfloat16)
+
+    def barriers() -> int:
+        assert_within_rule(emulator, problem)
+        run = EmulatedProblem(emulator, problem)
+        emulator.counts()
+        run.forward()
+        return int(emulator.counts()["barriers"])
+
+    emulator.set_device(capability)
+    by_itself = barriers()
+    try:
+        taken = {}
+        for keys in (64, 32):
+            assert emulator.choose_forward_keys(capability, keys) == 0
+            taken[keys] = barriers()
+        emulator.set_device(90)
+        assert barriers() == taken[64], "a choice for another card changes nothing here"
+    finally:
+        emulator.choose_forward_keys(capability, 0)
+        emulator.set_device()
+    assert taken[32] > 1.5 * taken[64]
+    assert by_itself == taken[32 if capability == 86 else 64]
+
+
+@pytest.mark.parametrize(("capability", "keys"), [(80, 48), (80, -64), (75, 64), (-1, 64), (10_000, 64)])
+def test_a_tile_that_is_not_there(emulator: ModuleType, capability: int, keys: int) -> None:
+    assert "expected 64, 32, or 0" in emulator.error(emulator.choose_forward_keys(capability, keys))
 
 
 PACKED = {

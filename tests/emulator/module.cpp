@@ -118,6 +118,7 @@ PYBIND11_MODULE(cuda_emulator, m) {
     const auto& device = emulator::device();
     return std::tuple(device.launched_on, reinterpret_cast<intptr_t>(device.launched_with), device.current);
   });
+  m.def("choose_forward_keys", &lak_cuda_choose_forward_keys);
   m.def("probe", [] {
     int can_change = -1;
     const int code = lak_cuda_probe(&can_change);

@@ -14,6 +14,7 @@ from llama_adapter_kernels.bench import order_record
 from llama_adapter_kernels.bench.results import Measurement, Results
 from llama_adapter_kernels.cli import app
 from llama_adapter_kernels.ops import backends, order
+from llama_adapter_kernels.ops.record_file import RecordError
 
 
 @pytest.fixture(autouse=True)
@@ -112,10 +113,11 @@ def test_the_shipped_record_is_valid() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no record of backends"),
-        ("[]", "no record of backends"),
+        ("", "no llama-adapter-kernels backend order"),
+        ("[]", "no llama-adapter-kernels backend order"),
         ('{"format": "x", "version": 1, "entries": []}', "expected 'llama-adapter-kernels backend order' version 1"),
-        (json.dumps({"format": order.FORMAT, "version": 1, "entries": [{"faster": "cuda"}]}), "no record of backends"),
+        (json.dumps({"format": order.FORMAT, "version": 1, "entries": [{"faster": "cuda"}]}),
+         "no llama-adapter-kernels backend order"),
         (
             json.dumps({"format": order.FORMAT, "version": 1, "entries": [
                 {"capability": "9.0", "pass_name": "forward", "dtype": "float32", "head_dim": 64, "faster": "tpu",
@@ -126,12 +128,12 @@ def test_the_shipped_record_is_valid() -> None:
 )  # fmt: skip
 def test_a_file_that_is_no_record(text: str, message: str) -> None:
     order.RECORD.write_text(text)
-    with pytest.raises(order.OrderError, match=message):
+    with pytest.raises(RecordError, match=message):
         order.load(order.RECORD)
 
 
 def test_races_that_say_nothing() -> None:
-    with pytest.raises(order.OrderError, match="no race on a GPU has times of both"):
+    with pytest.raises(RecordError, match="no race on a GPU has times of both"):
         order_record.entries_of(races({("attention", "forward", "bfloat16", 128): (1.0, None)}))
     assert not order.RECORD.exists()
 

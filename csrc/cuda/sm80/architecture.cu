@@ -2,6 +2,7 @@
 #include "architecture.h"
 #include "sm80/backward/workspace.h"
 #include "sm80/decode/workspace.h"
+#include "sm80/forward_choice.h"
 #include "sm80/kernel_table.h"
 #include "sm80/launchers.h"
 
@@ -44,6 +45,12 @@ int64_t decode_bytes(const ZeroGateParams& params) {
   return DecodePartials(params, grid.splits, grid.row_tiles).bytes;
 }
 
+int choose_forward_keys(int capability, int keys) {
+  if (capability >= kCapabilities || (keys != 0 && keys != 32 && keys != 64)) return kLakBadTile;
+  forward_keys[capability].store(keys, std::memory_order_relaxed);
+  return kLakSuccess;
+}
+
 __global__ void probe_kernel() {}
 
 int probe() {
@@ -53,6 +60,7 @@ int probe() {
 
 }  // namespace
 
-const Architecture kArchitecture{80, forward, backward, decode, backward_bytes, decode_bytes, probe, list_kernels};
+const Architecture kArchitecture{80,    forward,     backward, decode, backward_bytes, decode_bytes, choose_forward_keys,
+                                 probe, list_kernels};
 
 }  // namespace lak::sm80

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "sm80/forward.h"
+#include "sm80/forward_choice.h"
 #include "sm80/launchers.h"
 #include "sm80/zero_tail.h"
 
@@ -20,7 +21,7 @@ int launch_forward_of_kind(const ZeroGateParams& params, cudaStream_t stream) {
   if constexpr (kIsTuned<T, kHeadDim>) {
     if (!needs_elementwise_scores(params)) {
       if constexpr (kHeadDim == 128) {
-        if (!fits_twice(ForwardMemory<T, kHeadDim, ForwardKind::kPlain>::kBytes)) {
+        if (takes_small_tiles(capability(), fits_twice(ForwardMemory<T, kHeadDim, ForwardKind::kPlain>::kBytes))) {
           return launch_forward_kernel<T, kHeadDim, ForwardKind::kSmall>(params, stream);
         }
       }

@@ -188,20 +188,23 @@ __device__ __forceinline__ float product_of_chunks(const uint4& x, const uint4& 
   return sum;
 }
 
-// load_a without a tile: A[m][k] = rows[m * stride + k] from global memory.
+// load_a without a tile: A[m][k] = rows[m * stride + k] from global memory; zero from column `columns`, a multiple of four, on.
 template <class T>
-__device__ __forceinline__ void load_a_rows(FragmentA<T>& a, const T* rows, int64_t stride) {
+__device__ __forceinline__ void load_a_rows(FragmentA<T>& a, const T* rows, int64_t stride, int columns) {
   const int lane = lane_id();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const T* at = rows + (lane / 4 + 8 * half) * stride;
     if constexpr (kIsHalf<T>) {
-      a.r[half] = ptx::load_global(reinterpret_cast<const uint32_t*>(at + lane % 4 * 2));
-      a.r[half + 2] = ptx::load_global(reinterpret_cast<const uint32_t*>(at + 8 + lane % 4 * 2));
+#pragma unroll
+      for (int k = 0; k < 16; k += 8) {
+        const int column = k + lane % 4 * 2;
+        a.r[half + k / 4] = column < columns ? ptx::load_global(reinterpret_cast<const uint32_t*>(at + column)) : 0;
+      }
     } else {
 #pragma unroll
       for (int k = 0; k < 16; k += 4) {
-        const float4 v = ptx::load_global(reinterpret_cast<const float4*>(at + k));
+        const float4 v = k < columns ? ptx::load_global(reinterpret_cast<const float4*>(at + k)) : float4{};
         a.k[half][k] = v.x, a.k[half][k + 1] = v.y, a.k[half][k + 2] = v.z, a.k[half][k + 3] = v.w;
       }
     }

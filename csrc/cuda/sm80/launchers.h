@@ -22,6 +22,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// major * 10 + minor.
+inline int capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 // Whether the device has so much shared memory for a block, and for two blocks on one multiprocessor (each costs 1 KiB more).
 inline bool fits(int bytes) { return bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline bool fits_twice(int bytes) {

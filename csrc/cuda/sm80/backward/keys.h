@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kThreads)
       dquery[0][n][e] = 8 * n < head_dim ? ptx::load_global(sums + 128 * n + 32 * e + lane_id()) : 0.0f;
     }
   }
-  const int64_t stride = prefix_tiles(params) * kPrefixTile;
   const int head_kv = head / static_cast<int>(params.heads_q / params.heads_kv);
   for (int slot = 0; slot < s.slots; slot += kPrefixTile) {
     if (slot > 0) __syncthreads();
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     ptx::commit_async_copies();
     ptx::wait_async_copies<0>();
     __syncthreads();
-    add_prefix_product(dquery, prefix_key, workspace, stride, b, head, row, slot, 0);
+    add_prefix_product(dquery, prefix_key, workspace, b, head, row, slot, 0);
   }
   store_rows<kD>(head_pointer<T>(params.dquery, b, head, s.first_query), params.dquery.stride_row, row, s.rows, dquery[0],
                  static_cast<float>(params.scale) * (s.bad_prefix ? gate_of(params, s, head) : 1.0f), 0, head_dim, s.queries);

@@ -193,13 +193,14 @@ __device__ __forceinline__ void store_scores(const PairMemory<T, kHeadDim, Tiles
 // dQ += dS_p Kp for one tile of slots: the warp's rows from `row` on, columns from `column` on.
 template <class T, int kHeadDim, int kM, int kN>
 __device__ __forceinline__ void add_prefix_product(float (&dquery)[kM][kN][4], SharedTile<T, kPrefixTile, kHeadDim> prefix_key,
-                                                   const BackwardWorkspace& workspace, int64_t stride, int b, int head, int row,
-                                                   int slot, int column) {
+                                                   const BackwardWorkspace& workspace, int b, int head, int row, int slot,
+                                                   int column) {
+  const int64_t stride = workspace.dscore_slots;
   FragmentA<T> a[kM];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     load_a_rows(a[m], static_cast<const T*>(workspace.dscores) + (workspace.row_of(b, head) + row + 16 * m) * stride + slot,
-                stride);
+                stride, static_cast<int>(stride) - slot);
   }
   multiply_add_row(dquery, a, prefix_key, 0, column);
 }

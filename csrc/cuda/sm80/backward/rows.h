@@ -276,13 +276,16 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
       }
       __syncthreads();
       if (params.dquery.data != nullptr) {
-        constexpr int kChunk = 16 / sizeof(T), kChunks = kPrefixTile / kChunk;
-        T* dscores =
-            static_cast<T*>(workspace.dscores) + (workspace.row_of(b, head) + first_row) * slot_tiles * kPrefixTile + slot;
-        for (int i = thread; i < kRows * kChunks; i += kThreads) {
-          const int row = i / kChunks, at = i % kChunks;
-          ptx::store_global(reinterpret_cast<uint4*>(dscores + row * slot_tiles * kPrefixTile + at * kChunk),
-                            ptx::load_shared<uint4>(memory.dscores().chunk(row, at)));
+        using Piece = std::conditional_t<kIsHalf<T>, uint2, uint4>;
+        static_assert(sizeof(Piece) == kDscorePiece * sizeof(T));
+        constexpr int kPieces = kPrefixTile / kDscorePiece;
+        const int64_t stride = workspace.dscore_slots;
+        T* dscores = static_cast<T*>(workspace.dscores) + (workspace.row_of(b, head) + first_row) * stride + slot;
+        for (int i = thread; i < kRows * kPieces; i += kThreads) {
+          const int row = i / kPieces, column = i % kPieces * kDscorePiece;
+          if (slot + column >= stride) continue;
+          ptx::store_global(reinterpret_cast<Piece*>(dscores + row * stride + column),
+                            ptx::load_shared<Piece>(memory.dscores().element(row, column)));
         }
       }
       if (params.dgate != nullptr) {

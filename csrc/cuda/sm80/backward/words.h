@@ -109,7 +109,7 @@ __device__ __forceinline__ bool queries_pass(const ZeroGateParams& params, int t
       ptx::wait_async_copies<0>();
       __syncthreads();
     }
-    add_prefix_product(dquery, prefix_key, workspace, prefix_tiles(params) * kPrefixTile, b, head, first + row, slot, column);
+    add_prefix_product(dquery, prefix_key, workspace, b, head, first + row, slot, column);
   }
   if (!kPrefixApart) {
     __syncthreads();
