@@ -18,8 +18,8 @@ ROWS = slice(73, 148)  # its tokens
 def poisoned(problem: Problem, which: str, value: float) -> None:
     tensor = problem.doutput if which == "doutput" else problem.tensors[which]
     assert tensor is not None
-    tensor.data[ROWS.start + 1, :, 3] = value
-    tensor.data[ROWS.stop - 2, :, 5] = value
+    tensor.data[ROWS.start, :, 3] = value
+    tensor.data[ROWS.stop - 1, :, 5] = value
 
 
 def neighbours(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Mutants of the CUDA kernels, run by the emulator: python -m tests.mutants.cuda [NAME ...].
 
-Only the instantiations for bfloat16 and float32 with 64 columns are built with the fault, and float16's where outputs have to
-overflow; the others come from build/emulator.
+Only the instantiations for bfloat16 and float32 with 64 columns are built with the fault, besides float16's where outputs have
+to overflow and those of 128 columns where a tile is chosen; the others come from build/emulator.
 """
 
 # ruff: noqa: E501 (a mutant is read best on one line)
@@ -19,6 +19,7 @@ from tests.support.emulator import build as build_emulator
 BUILT = ROOT / "build" / "emulator"
 INSTANTIATED = ("bf16_d64.cu.o", "fp32_d64.cu.o")
 FLOAT16 = ("fp16_d64.cu.o",)  # the only type whose outputs overflow
+WIDE = ("bf16_d128.cu.o",)  # the only one with two tiles to choose from
 KERNELS = ("tests/cuda/test_cuda_emulated.py", "-k", "test_forward_and_backward and d64 or threads")
 EDGES = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "tests/cuda/test_cuda_paths.py")
 PATHS = ("tests/cuda/test_cuda_paths.py",)
@@ -30,6 +31,7 @@ BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
 ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
 TAILS = ("tests/cuda/test_cuda_edges.py", "-k", "tail")
 NOT_FINITE = ("tests/cuda/test_cuda_not_finite.py",)
+CHOSEN_TILE = ("tests/cuda/test_cuda_paths.py", "-k", "chosen_tile")  # head_dim 128 as well
 OVERFLOWS = ("tests/cuda/test_cuda_exactness.py", "-k", "beyond_float16 or scores_of_every_size")  # FLOAT16 as well
 
 
@@ -46,7 +48,8 @@ def commands() -> tuple[Path, dict[str, str], dict[str, str]]:
 def build(sources: Path, site: Path, mutant: Mutant) -> None:
     """Compiles what the mutated file is part of, and links it before the other objects."""
     module, compile_commands, depends = commands()
-    instantiated = INSTANTIATED + FLOAT16 if mutant.tests == OVERFLOWS else INSTANTIATED
+    instantiated = INSTANTIATED
+    instantiated += FLOAT16 if mutant.tests == OVERFLOWS else WIDE if mutant.tests == CHOSEN_TILE else ()
     faulty: dict[str, str] = {}
     running = []
     for name, command in compile_commands.items():
@@ -138,10 +141,10 @@ MUTANTS = [
     backward("rows", "dgate's sign", "dgate += prefix_delta[half];", "dgate -= prefix_delta[half];"),
     backward("rows", "the prefix's dS without D_p", "c[0][n][e] * (d[0][n][e] - prefix_delta[half]);", "c[0][n][e] * d[0][n][e];"),
     backward("rows", "dS of slots that have no memory is stored", "if (slot + column >= stride) continue;", ""),
-    shared("sm80/fragments", "dS of slots that have no memory is read", "a.r[half + k / 4] = column < columns ?", "a.r[half + k / 4] = true ?"),
-    shared("sm80/fragments", "float32 dS of slots that have no memory is read", "k < columns ? ptx::load_global", "true ? ptx::load_global"),
-    shared("sm80/forward_choice", "the chosen tile is forgotten", "return keys == 0 ? !fits : keys == 32;", "return !fits;", PATHS),
-    shared("sm80/forward_choice", "the card's own tile is the other", "return keys == 0 ? !fits : keys == 32;", "return keys == 0 ? fits : keys == 32;", PATHS),
+    shared("sm80/fragments", "dS of slots that have no memory is read", "a.r[half + k / 4] = column < columns ?", "a.r[half + k / 4] = true ?", NOT_FINITE),
+    shared("sm80/fragments", "float32 dS of slots that have no memory is read", "k < columns ? ptx::load_global", "true ? ptx::load_global", NOT_FINITE),
+    shared("sm80/forward_choice", "the chosen tile is forgotten", "return keys == 0 ? !fits : keys == 32;", "return !fits;", CHOSEN_TILE),
+    shared("sm80/forward_choice", "the card's own tile is the other", "return keys == 0 ? !fits : keys == 32;", "return keys == 0 ? fits : keys == 32;", CHOSEN_TILE),
     backward("rows", "few-key rows take the rounded D_w", "(few[half] || coarse || !fits)", "(coarse || !fits)", EDGES),
     backward("rows", "large scores take the coarse log-sum-exp", "(few[half] || coarse || !fits)", "(few[half] || !fits)", OVERFLOWS),
     backward("rows", "overflowed outputs keep their D_w", "(few[half] || coarse || !fits)", "(few[half] || coarse)", OVERFLOWS),
