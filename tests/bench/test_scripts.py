@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ run, on the smallest of their cases."""
+"""The scripts of benchmarks/ run, on the smallest of their cases, and one of scripts/."""
 
 import importlib.util
 import json
@@ -15,8 +15,8 @@ from llama_adapter_kernels.bench import cases, results
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+def script(name: str, folder: str = "benchmarks") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -80,3 +80,20 @@ def test_pytest_benchmark_is_handed_the_samples(tmp_path: Path) -> None:
     for entry in reported:
         assert entry["stats"]["rounds"] >= 5
         assert 1e-5 < entry["stats"]["median"] < 1
+
+
+def test_many_adapters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["many_adapters.py", "--shape", "small", "--rounds", "1", "--tokens", "2"])
+    script("many_adapters").main()
+    *contestants, last = capsys.readouterr().out.splitlines()
+    assert [line[:22].rstrip() for line in contestants] == [
+        "8 adapters, one batch", "1 adapter, one batch", "8 adapters, 8 runs"
+    ]  # fmt: skip
+    assert last.startswith("over 8 runs ") and float(last.split()[-1][:-1]) > 0
+
+
+def test_errors_at_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["errors_at_scale.py", "--problems", "2"])
+    script("errors_at_scale", "scripts").main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("14 results of 2 problems, ")

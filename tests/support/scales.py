@@ -133,20 +133,20 @@ def flash_results(problem: Problem) -> dict[str, Tensor]:
     return {name: r.to(torch.float32 if name == "dgate" else dtype) for name, r in results.items()}
 
 
-def _orders(problem: Problem) -> Iterator[Callable[[Tensor], Tensor]]:
+def _orders(problem: Problem, count: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Orders of head_dim: one problem to mathematics, another draw of every rounding error."""
     query = problem.tensors["query"]
     assert query is not None
     generator = torch.Generator().manual_seed(0)
-    for draw in range(4):
+    for draw in range(count):
         order = torch.randperm(query.shape[-1], generator=generator) if draw else torch.arange(query.shape[-1])
         yield lambda tensor, order=order: tensor[..., order]
 
 
-def flash_errors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]:
+def flash_errors(problem: Problem, exact: dict[str, Tensor], orders: int = 4) -> dict[str, float]:
     """Largest errors of FlashAttention's formula over some orders of head_dim; infinite where it is NaN."""
     worst = dict.fromkeys(exact, 0.0)
-    for order in _orders(problem):
+    for order in _orders(problem, orders):
 
         def leaf(name: str, tensor: Tensor | None, order: Callable[[Tensor], Tensor] = order) -> Tensor | None:
             return tensor if tensor is None or name == "gate" else order(tensor.detach())
@@ -155,7 +155,7 @@ def flash_errors(problem: Problem, exact: dict[str, Tensor]) -> dict[str, float]
         for name, result in flash_results(
             replace(problem, tensors=tensors, doutput=leaf("doutput", problem.doutput))
         ).items():
-            error = _error(result, exact[name] if name == "dgate" else order(exact[name]))
+            error = error_of(result, exact[name] if name == "dgate" else order(exact[name]))
             worst[name] = max(worst[name], torch.inf if error != error else error)
     return worst
 
@@ -165,7 +165,7 @@ def _limits(dtype: torch.dtype) -> tuple[float, float]:
     return info.min, info.max
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def error_of(result: Tensor, exact: Tensor) -> float:
     """Largest error, where what is beyond the dtype counts as its largest number; NaN where the result is."""
     limits = _limits(result.dtype)
     return (result.detach().to("cpu", torch.float64).clamp(*limits) - exact.clamp(*limits)).abs().max().item()
@@ -182,7 +182,7 @@ def faults_at_scale(problem: Problem, results: dict[str, Tensor], truth: Truth |
         judged = deviation(name, result, truth)
         floor = torch.finfo(result.dtype).eps * exact.abs().max().item()
         limits = [limit for limit in (judged.limit, 2 * of_formula[name] + 2 * floor) if limit < torch.inf]
-        error = _error(result, exact)
+        error = error_of(result, exact)
         if limits and not error <= max(limits):
             faults.append(
                 f"{name}: error {error:.3e}, allowed {max(limits):.3e}; FlashAttention's formula {of_formula[name]:.3e}, "
