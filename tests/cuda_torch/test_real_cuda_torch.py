@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import llama_adapter_kernels as lak
 from llama_adapter_kernels import zero_gate_attention, zero_gate_attention_varlen, zero_gate_decode
 from llama_adapter_kernels.cli import app
-from llama_adapter_kernels.ops import availability, backends, cuda_library, registration
+from llama_adapter_kernels.ops import availability, backends, cuda_library, cuda_tiles, registration
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -45,6 +45,25 @@ def test_the_libraries_load() -> None:
     assert registration.library_error is None
     assert registration.cuda_library_error is None
     assert cuda_library.torch_problem() is None
+
+
+def test_the_record_of_tiles_goes_to_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that the library cannot follow keeps it from being used, with the reason."""
+    monkeypatch.setattr(cuda_tiles, "RECORD", tmp_path / "cuda_tiles.json")
+
+    def recorded(capability: str) -> str | None:
+        cuda_tiles.save({capability: cuda_tiles.Entry(capability, 32, 1.1, 1, "A card", "today")}, cuda_tiles.RECORD)
+        cuda_tiles.forget()
+        return registration._cuda_library_error()
+
+    try:
+        assert recorded("8.0") is None
+        assert "expected 64, 32, or 0" in (recorded("7.5") or "")
+    finally:
+        cuda_library.choose_forward_keys((8, 0), 0)
+        monkeypatch.undo()
+        cuda_tiles.forget()
+    assert registration._cuda_library_error() is None
 
 
 def test_every_reference_of_the_cuda_library_is_bound() -> None:
