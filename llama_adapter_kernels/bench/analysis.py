@@ -28,14 +28,16 @@ def plain_sdpa(race: Race) -> Measurement | None:
 
 
 def fused(race: Race, packed: bool = False) -> Measurement | None:
-    """The fastest of this package's backends that computes the prefix, without the slow definition. In model cases it is
-    the attached adapter with the backend that it chooses.
-    """
+    """The fastest of this package's backends. In model cases it is the attached adapter with the backend that it chooses."""
     attached = timed(race).get("ours-adapter-packed" if packed else "ours-adapter")
     if attached is not None:
         return attached
-    candidates = {name: entry for name, entry in timed(race).items() if entry.ours and entry.prefix_length}
-    return _fastest([e for n, e in candidates.items() if "reference" not in n and n.endswith("-packed") == packed])
+    return _fastest([e for n, e in timed(race).items() if is_fused(e) and n.endswith("-packed") == packed])
+
+
+def is_fused(entry: Measurement) -> bool:
+    """Whether a user gets this contestant: with the prefix, not the slow definition, not a tile that only races choose."""
+    return entry.ours and bool(entry.prefix_length) and not ("reference" in entry.peer or entry.peer.endswith("-keys"))
 
 
 def eager(race: Race) -> Measurement | None:

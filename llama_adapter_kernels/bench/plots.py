@@ -43,7 +43,7 @@ def all_plots(results: Results) -> dict[str, Figure]:
 
 def _kind(entry: Measurement) -> tuple[str, str]:
     """(colour, label) of a contestant."""
-    if entry.ours and entry.prefix_length and "reference" not in entry.peer:
+    if analysis.is_fused(entry):
         return FUSED, "fused"
     if entry.peer.startswith("two-"):
         return TWO, "two SDPA calls"

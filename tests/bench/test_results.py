@@ -88,6 +88,8 @@ def test_ratios() -> None:
     race = example().races()["llama-7b", "forward", "float32"]
     assert analysis.speedup(analysis.two_sdpa(race), analysis.fused(race)) == 2.5
     assert analysis.fused(race).peer == "ours-cpu"
+    # A tile that only races choose is nobody's figure.
+    assert analysis.fused(race | {"ours-cuda-32-keys": measurement("ours-cuda-32-keys", 1.0)}).peer == "ours-cpu"
     rates = analysis.rates(race["ours-cpu"], example().ceilings)
     assert rates.flops == pytest.approx(5e11)
     assert rates.share_of_memory == pytest.approx(7.5e9 / 2e10)
