@@ -56,15 +56,53 @@ bool detect(Isa isa) {
   return isa == Isa::kBaseline;
 }
 
+#define LAK_KERNELS(isa, name)                                                                                     \
+  Kernels {                                                                                                        \
+    isa, name::forward_workspace, name::backward_workspace, name::decode_workspace, name::forward, name::backward, \
+        name::decode                                                                                               \
+  }
+constexpr Kernels kBaseline = LAK_KERNELS(Isa::kBaseline, baseline);
+#if defined(__x86_64__)
+constexpr Kernels kAvx2 = LAK_KERNELS(Isa::kAvx2, avx2), kAvx512 = LAK_KERNELS(Isa::kAvx512, avx512);
+
+// Instructions that multiply bfloat16 have forward and backward of bfloat16. All other problems, and decode, which reads more than it
+// multiplies, go to the kernels of the vectors that every such CPU has: `kRest`.
+template <bool (*kTakes)(const ZeroGateParams&), const Kernels& kSome, const Kernels& kRest>
+constexpr Kernels with_rest() {
+  return {kSome.isa,
+          [](const ZeroGateParams& p, int threads) { return (kTakes(p) ? kSome : kRest).forward_workspace(p, threads); },
+          [](const ZeroGateParams& p, int threads) { return (kTakes(p) ? kSome : kRest).backward_workspace(p, threads); },
+          kRest.decode_workspace,
+          [](const ZeroGateParams& p, const Parallel& parallel) { (kTakes(p) ? kSome : kRest).forward(p, parallel); },
+          [](const ZeroGateParams& p, const Parallel& parallel) { (kTakes(p) ? kSome : kRest).backward(p, parallel); },
+          kRest.decode};
+}
+// Elements come in pairs. Of tiles at least half should be in use.
+bool has_pairs(const ZeroGateParams& params) { return params.dtype == DataType::kBFloat16 && params.head_dim % 2 == 0; }
+bool fills_tiles(const ZeroGateParams& params) { return has_pairs(params) && params.head_dim >= 16; }
+
+#if defined(LAK_BF16_STAND_IN)  // avx2 or avx512: what the stand-in is compiled for
+constexpr Kernels kVectors = LAK_KERNELS(Isa::kAvx512, LAK_BF16_STAND_IN);
+#else
+constexpr const Kernels& kVectors = kAvx512;
+#endif
+#define LAK_BF16_KERNELS(isa, name) \
+  Kernels { isa, name::forward_workspace, name::backward_workspace, nullptr, name::forward, name::backward, nullptr }
+constexpr Kernels kPairs = LAK_BF16_KERNELS(Isa::kAvx512Bf16, avx512_bf16);
+constexpr Kernels kTiles = LAK_BF16_KERNELS(Isa::kAmxBf16, amx_bf16);
+constexpr Kernels kAvx512Bf16 = with_rest<has_pairs, kPairs, kVectors>();
+constexpr Kernels kAmxBf16 = with_rest<fills_tiles, kTiles, kAvx512Bf16>();
+#endif
+
 const Kernels& kernels_of(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx2: return avx2::kKernels;
-    case Isa::kAvx512: return avx512::kKernels;
-    case Isa::kAvx512Bf16: return avx512_bf16::kKernels;
-    case Isa::kAmxBf16: return amx_bf16::kKernels;
+    case Isa::kAvx2: return kAvx2;
+    case Isa::kAvx512: return kAvx512;
+    case Isa::kAvx512Bf16: return kAvx512Bf16;
+    case Isa::kAmxBf16: return kAmxBf16;
 #endif
-    default: return baseline::kKernels;
+    default: return kBaseline;
   }
 }
 

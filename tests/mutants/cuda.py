@@ -173,7 +173,7 @@ MUTANTS = [
     backward("words", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace,", "if (slot > 0) add_prefix_product(dquery, prefix_key, workspace,"),
     backward("words", "NaN leaves its sequence", "__syncthreads_or(!finite) != 0;", "__syncthreads_or(!finite) > 1;", NOT_FINITE),
     backward("words", "the pair of a part is carried on", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));\n    if (threadIdx.x == 0) memory.store_carries(false);", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));", NOT_FINITE),
-    backward("keys", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace, stride, b, head, row, slot, 0);", "", PATHS),
+    backward("keys", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace, b, head, row, slot, 0);", "", PATHS),
     backward("keys", "dQ without scale", "static_cast<float>(params.scale) * (s.bad_prefix", "1.0f * (s.bad_prefix", PATHS),
     backward("keys", "wait for the prefix", "ptx::wait_async_copies<0>();", "", PATHS),
     backward("keys", "a bad prefix leaves dQ as it is", "s.bad_prefix ? gate_of(params, s, head) : 1.0f", "1.0f", BAD_PREFIX),
