@@ -6,6 +6,7 @@ else 32 (csrc/cuda/sm80/forward_choice.h says why). The two add up in different 
 winners differ in their last bits, as they do between cards anyway.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def load(path: Path) -> dict[str, Entry]:
     """
     entries = record_file.load(path, FORMAT, VERSION, Entry)
     for entry in entries:
-        if entry.keys not in KEYS:
+        if not isinstance(entry.capability, str) or not re.fullmatch(r"\d+\.\d", entry.capability):
+            raise record_file.RecordError(f'{path}: expected a compute capability as "8.0", got {entry.capability!r}')
+        if type(entry.keys) is not int or entry.keys not in KEYS:
             raise record_file.RecordError(f"{path}: expected {' or '.join(map(str, KEYS))} keys, got {entry.keys!r}")
     return {entry.capability: entry for entry in entries}
 

@@ -3,7 +3,7 @@
 The record is order.json beside this file, written by `llama-adapter bench --device cuda --record-order`. Its entries hold
 for one compute capability, pass, dtype and head_dim (up to 64, 128 or 256).
 
-The argument, where no race is recorded (none was run on a GPU yet):
+The argument, where no race is recorded:
 
 - Compute capability 9.x and 10.x, 16-bit forward and backward: triton. Its compiler makes wgmma (9.x) and tcgen05 (10.x)
   of the same products. The CUDA kernels are mma.sync, which reaches about 60% of the tensor cores' rate on an H100, and

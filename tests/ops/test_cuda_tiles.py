@@ -75,6 +75,8 @@ def test_a_choice_for_a_while(chosen: list[tuple[tuple[int, int], int]]) -> None
     ("entries", "message"),
     [
         ('[{"capability": "8.0", "keys": 48, "ratio": 1, "races": 1, "card": "", "recorded": ""}]', "64 or 32 keys, got 48"),
+        ('[{"capability": 8.0, "keys": 64, "ratio": 1, "races": 1, "card": "", "recorded": ""}]', 'as "8.0", got 8.0'),
+        ('[{"capability": "8.0", "keys": 64.0, "ratio": 1, "races": 1, "card": "", "recorded": ""}]', "keys, got 64.0"),
         ('[{"keys": 64}]', "no llama-adapter-kernels CUDA tiles"),
         ("7", "no llama-adapter-kernels CUDA tiles"),
     ],
