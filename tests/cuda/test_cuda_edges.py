@@ -212,6 +212,18 @@ def test_deterministic_gradients_have_one_order(emulator: ModuleType) -> None:
     assert emulator.counts()["reductions"] > 0, "the fast path adds with atomics: else this test shows nothing"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_where_splits_see_nothing(emulator: ModuleType, dtype: torch.dtype) -> None:
+    """No key at all, some that end early in the last split, all of the cache: 3 splits of each, of 5 heads."""
+    problem = make_problem(replace(SMALL, batch=3, heads_q=5, head_dim=40, seq_q=3, seq_k=600, window="end"), dtype)
+    problem.arguments["key_end"] = int32(0, 130, 600)
+    emulator.blocks()
+    results = {"output": EmulatedProblem(emulator, problem).decode()}
+    assert emulator.blocks()["combine_kernel"][0] == 12, "45 rows by four: the last warps have none"
+    bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
+    assert not bad, "\n".join(bad)
+
+
 @pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_masks_of_every_dtype(emulator: ModuleType, mask_dtype: torch.dtype) -> None:
     problem = make_problem(replace(SMALL, mask="float", is_causal=False), torch.bfloat16)

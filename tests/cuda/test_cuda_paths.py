@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_adapter_kernels.bench.lengths import alpaca_lengths
-from llama_adapter_kernels.testing import Case, make_problem
+from llama_adapter_kernels.testing import Case, deviations, make_problem
 from tests.cuda.test_cuda_edges import SMALL, assert_within_rule, everything, int32
 from tests.support.emulated import EmulatedProblem
 
@@ -28,6 +28,29 @@ def test_long_sequences_add_dquery_across_blocks(card: ModuleType, head_dim: int
     card.counts()
     assert_within_rule(card, make_problem(case, HALF[head_dim // 8 % 2]))
     assert card.counts()["reductions"] > 0
+
+
+def test_long_sequences_with_a_long_prefix(emulator: ModuleType) -> None:
+    """dQ takes the slots of the prefix tile after tile."""
+    case = replace(SMALL, seq_q=70, seq_k=780, prefix_length=33, is_causal=False)
+    emulator.counts()
+    assert_within_rule(emulator, make_problem(case, torch.bfloat16))
+    assert emulator.counts()["reductions"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [Case(batch=150, heads_q=2, heads_kv=1, head_dim=8, seq_q=3, seq_k=2),
+                                  Case(batch=66, heads_q=2, heads_kv=2, head_dim=8, seq_q=70, seq_k=1, prefix="sequence")],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_a_block_takes_several_tiles_of_rows(emulator: ModuleType, case: Case, dtype: torch.dtype) -> None:
+    """More than 256 of them: of all sequences where the prefix is shared, else of one."""
+    run = EmulatedProblem(emulator, problem := make_problem(case, dtype), seed=1)
+    results = {"output": run.forward()[0]}
+    emulator.blocks()
+    results |= run.backward()
+    assert emulator.blocks()["backward_rows_kernel"][0] <= 150
+    bad = [str(deviation) for deviation in deviations(problem, results) if not deviation.ok]
+    assert not bad, "\n".join(bad)
 
 
 LONG_PACKED = {  # lengths, the prefix, whether dQ is added across blocks: not of token tiles

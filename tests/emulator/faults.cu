@@ -27,6 +27,18 @@ __global__ void neighbour(float* out) {
   ptx::store_global(out + threadIdx.x, ptx::load_shared<float>(base + (threadIdx.x + 1) % kBlock * 4));
 }
 
+// The same in global memory.
+template <bool kBarrier>
+__global__ void neighbour_in_global_memory(float* out) {
+  ptx::store_global(out + threadIdx.x, static_cast<float>(threadIdx.x));
+  if (kBarrier) __syncthreads();
+  const float other = ptx::load_global(out + (threadIdx.x + 1) % kBlock);
+  if (kBarrier) __syncthreads();
+  ptx::store_global(out + threadIdx.x, other);
+}
+
+__global__ void threads_write_the_same(float* out) { ptx::store_global(out, 1.0f); }
+
 // The second round overwrites what others may still read.
 __global__ void missing_second_barrier(float* out) {
   const uint32_t base = ptx::dynamic_shared_memory();
@@ -215,6 +227,9 @@ void run_fault(const std::string& name, uint64_t memory) {
   LAK_KERNEL("barrier", neighbour<true>, 1, kBlock, 256)
   LAK_KERNEL("shared_memory_not_asked_for", neighbour<true>, 1, kBlock, 50 * 1024)
   LAK_KERNEL("too_many_threads", neighbour<true>, 1, 1056, 4224)
+  LAK_KERNEL("global_barrier", neighbour_in_global_memory<true>, 1, kBlock, 0)
+  LAK_KERNEL("missing_global_barrier", neighbour_in_global_memory<false>, 1, kBlock, 0)
+  LAK_KERNEL("threads_write_the_same", threads_write_the_same, 1, kBlock, 0)
   LAK_KERNEL("blocks_write_the_same", blocks_write_the_same, 2, kBlock, 0)
   LAK_KERNEL("blocks_read_what_others_write", blocks_read_what_others_write, 2, kBlock, 0)
   LAK_KERNEL("blocks_add_to_what_others_read", blocks_add_to_what_others_read, 2, kBlock, 0)

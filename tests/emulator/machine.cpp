@@ -43,6 +43,12 @@ std::string place(const Where& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
+std::string name_of(uint16_t who) {
+  return who == kSeveralWarps          ? "threads of several warps"
+         : (who & kSeveralInWarp) != 0 ? "threads of warp " + std::to_string(who & ~kSeveralInWarp)
+                                       : "thread " + std::to_string(who);
+}
+
 Index index_of(uint64_t number, Index size) {
   return {static_cast<unsigned>(number % size.x), static_cast<unsigned>(number / size.x % size.y),
           static_cast<unsigned>(number / size.x / size.y)};
@@ -50,9 +56,11 @@ Index index_of(uint64_t number, Index size) {
 
 std::string text(Index i) { return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")"; }
 
-// Which blocks of the launch that runs accessed two bytes of global memory: number + 1, or one of the values below.
+// Which blocks of the launch that runs accessed two bytes of global memory: number + 1, or one of the values below. Of a single
+// block also which threads.
 struct Touch {
   uint32_t writer = 0, reader = 0;
+  Word word;
 };
 constexpr uint32_t kSeveralBlocks = 0xffffffff, kAdders = 0xfffffffe;
 
@@ -332,39 +340,52 @@ bool Block::unordered(uint16_t who, uint32_t epoch, uint32_t warp_epoch) const {
 }
 
 void Block::report_race(const char* kind, uint16_t other, uint32_t address, Where where) {
-  std::string who = other == kSeveralWarps          ? "threads of several warps"
-                    : (other & kSeveralInWarp) != 0 ? "threads of warp " + std::to_string(other & ~kSeveralInWarp)
-                                                    : "thread " + std::to_string(other);
   fail(std::string("race in shared memory: ") + kind + " at offset " + std::to_string(address - kSharedBase) +
-           ", no barrier since the access by " + who,
+           ", no barrier since the access by " + name_of(other),
        where);
 }
 
-void Block::note_read(uint32_t address, uint32_t bytes, Where where) {
+// Both return who accessed the word without a barrier in between, or kNobody, and note that the current thread has.
+uint16_t Block::read_word(Word& word) {
   const uint32_t warp_epoch = warp_epochs_[current_->warp];
+  const uint16_t other = unordered(word.writer, word.write_epoch, word.write_warp_epoch) ? word.writer : kNobody;
+  uint16_t reader = current_->number;
+  if (word.read_epoch == epoch_ && word.reader != reader) {
+    const bool several = (word.reader & kSeveralInWarp) != 0;
+    const unsigned warp = several ? word.reader & ~kSeveralInWarp : word.reader / 32;
+    if (word.reader == kSeveralWarps || warp != current_->warp) {
+      reader = kSeveralWarps;
+    } else if (word.read_warp_epoch == warp_epoch) {
+      reader = kSeveralInWarp | current_->warp;
+    }
+  }
+  word.reader = reader;
+  word.read_epoch = epoch_;
+  word.read_warp_epoch = warp_epoch;
+  return other;
+}
+
+uint16_t Block::write_word(Word& word, bool whole, bool* after_read) {
+  uint16_t other = kNobody;
+  *after_read = unordered(word.reader, word.read_epoch, word.read_warp_epoch);
+  if (*after_read) other = word.reader;
+  if (whole && unordered(word.writer, word.write_epoch, word.write_warp_epoch)) other = word.writer, *after_read = false;
+  word.writer = current_->number;
+  word.write_epoch = now();
+  word.write_warp_epoch = warp_epochs_[current_->warp];
+  return other;
+}
+
+void Block::note_read(uint32_t address, uint32_t bytes, Where where) {
   for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
     Word& word = words_[(a - kSharedBase) / 4];
     if (word.copies_in_flight != 0) fail("read of shared memory before the wait for its cp.async", where);
-    if (unordered(word.writer, word.write_epoch, word.write_warp_epoch)) {
-      report_race("read after write", word.writer, a, where);
-    }
+    const uint16_t other = read_word(word);
+    if (other != kNobody) report_race("read after write", other, a, where);
     if (!clocks_.empty()) {
       readers_[(a - kSharedBase) / 4][current_->number] = now();
-      continue;
+      word.read_epoch = 0;  // the clocks know
     }
-    uint16_t reader = current_->number;
-    if (word.read_epoch == epoch_ && word.reader != reader) {
-      const bool several = (word.reader & kSeveralInWarp) != 0;
-      const unsigned warp = several ? word.reader & ~kSeveralInWarp : word.reader / 32;
-      if (word.reader == kSeveralWarps || warp != current_->warp) {
-        reader = kSeveralWarps;
-      } else if (word.read_warp_epoch == warp_epoch) {
-        reader = kSeveralInWarp | current_->warp;
-      }
-    }
-    word.reader = reader;
-    word.read_epoch = epoch_;
-    word.read_warp_epoch = warp_epoch;
   }
 }
 
@@ -372,21 +393,16 @@ void Block::note_write(uint32_t address, uint32_t bytes, Where where) {
   for (uint32_t a = address / 4 * 4; a < address + bytes; a += 4) {
     Word& word = words_[(a - kSharedBase) / 4];
     if (word.copies_in_flight != 0) fail("write to shared memory while a cp.async to it is in flight", where);
-    if (bytes >= 4 && unordered(word.writer, word.write_epoch, word.write_warp_epoch)) {
-      report_race("write after write", word.writer, a, where);
-    }
-    if (unordered(word.reader, word.read_epoch, word.read_warp_epoch)) report_race("write after read", word.reader, a, where);
-    if (!clocks_.empty()) {
-      for (const auto& [reader, epoch] : readers_[(a - kSharedBase) / 4]) {
-        if (reader != current_->number && epoch > clocks_[current_->number][reader]) {
-          report_race("write after read", reader, a, where);
-        }
+    bool after_read;
+    const uint16_t other = write_word(word, bytes >= 4, &after_read);
+    if (other != kNobody) report_race(after_read ? "write after read" : "write after write", other, a, where);
+    if (clocks_.empty()) continue;
+    for (const auto& [reader, epoch] : readers_[(a - kSharedBase) / 4]) {
+      if (reader != current_->number && epoch > clocks_[current_->number][reader]) {
+        report_race("write after read", reader, a, where);
       }
-      readers_.erase((a - kSharedBase) / 4);
     }
-    word.writer = current_->number;
-    word.write_epoch = now();
-    word.write_warp_epoch = warp_epochs_[current_->warp];
+    readers_.erase((a - kSharedBase) / 4);
   }
 }
 
@@ -527,7 +543,7 @@ void register_memory(const std::string& name, const void* data, uint64_t bytes, 
   // All of memory in one range (a test of the ops, which allocate for themselves) is not counted.
   const size_t sectors = bytes > kMostCounted ? 0 : (begin + bytes - 1) / kSectorBytes - begin / kSectorBytes + 1;
   ranges.push_back({name, begin, begin + bytes, writable, std::vector<bool>(sectors), std::vector<bool>(sectors),
-                    std::vector<Touch>(sectors == 0 ? 0 : (bytes + 1) / 2)});
+                    std::vector<Touch>(sectors == 0 || !writable ? 0 : (bytes + 1) / 2)});
 }
 
 void forget_memory() { ranges.clear(); }
@@ -550,7 +566,7 @@ void check_blocks(Range& range, uint64_t address, uint64_t bytes, Access access,
   };
   if (range.touches.empty()) return;
   for (uint64_t at = (address - range.begin) / 2; at < (address - range.begin + bytes + 1) / 2; ++at) {
-    auto& [writer, reader] = range.touches[at];
+    auto& [writer, reader, word] = range.touches[at];
     if (access == Access::kAdd) {
       if (writer != 0 && writer != me && writer != kAdders) fail("addition to a word", writer);
       if (reader != 0 && reader != me) fail("addition to a word", reader);
@@ -559,10 +575,23 @@ void check_blocks(Range& range, uint64_t address, uint64_t bytes, Access access,
     }
     if (writer != 0 && writer != me) fail(access == Access::kRead ? "read" : "write", writer);
     if (access == Access::kRead) {
+      if (reader != me) word.read_epoch = 0;  // what another block's threads did
       reader = reader == 0 || reader == me ? me : kSeveralBlocks;
     } else {
       if (reader != 0 && reader != me) fail("write", reader);
       writer = me;
+    }
+    if (block.has_clocks()) continue;
+    bool after_read = false;
+    const uint16_t other = access == Access::kRead ? block.read_word(word) : block.write_word(word, true, &after_read);
+    if (other != kNobody) {
+      block.fail("race in global memory: " +
+                     std::string(access == Access::kRead ? "read after write"
+                                 : after_read            ? "write after read"
+                                                         : "write after write") +
+                     " of " + range.name + ", " + std::to_string(address - range.begin) +
+                     " bytes from its beginning, no barrier since the access by " + name_of(other) + " of this block",
+                 where);
     }
   }
 }

@@ -63,14 +63,14 @@ struct Barrier {
   Where where;
 };
 
-// What the accesses of one 4-byte word of shared memory were, to find two that no barrier orders.
+// What the accesses of one word of memory by the threads of a block were, to find two that no barrier orders.
 struct Word {
   uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
   uint16_t writer = 0, reader = 0;  // thread number, or one of the values below
   uint16_t copies_in_flight = 0;
 };
 constexpr uint16_t kSeveralInWarp = 0x8000;  // + warp
-constexpr uint16_t kSeveralWarps = 0xffff;
+constexpr uint16_t kSeveralWarps = 0xffff, kNobody = 0xfffe;
 
 struct Launch {
   std::string kernel;
@@ -107,6 +107,9 @@ class Block {
   void wait_copies(unsigned groups_left_in_flight);
   void note_reduction(const void* address);
   void note_written() { wrote_ = true; }
+  uint16_t read_word(Word& word);
+  uint16_t write_word(Word& word, bool whole, bool* after_read);
+  bool has_clocks() const { return !clocks_.empty(); }
 
   // Stops the block: the report names kernel, block, thread and source line.
   [[noreturn]] void fail(const std::string& what, Where where);

@@ -278,7 +278,7 @@ __device__ __forceinline__ bool forward_pass(const ForwardMemory<T, kHeadDim, kK
   const bool again = __syncthreads_or(is_token_tiled(params) && part.is_whole() && !all_finite(output));
   if (!again) finish_forward<T, kHeadDim, kKind>(params, same, memory, part, output, largest, total);
   if (!again && part.begin <= same.first_row) return false;
-  __syncthreads();  // every warp is done with all of shared memory
+  // Every warp has asked for its last window and for the part, which are all that is written before the next barrier.
   begin_pass(memory, params, same, part_of_queries(params, same.s, again ? same.s.rows : part.begin));
   return true;
 }
