@@ -6,9 +6,9 @@
     --output FILE           verdicts as JSON
     --again FILE            of an earlier output what was not killed, alone
 
-All of them are compiled at once. Each test then runs once without a fault, to see which mutants it reaches and how long it takes;
-each mutant is tried by the tests that reach it, in a process of its own, until one of them fails. A survivor wants a test, or the
-line can go, or EXPLAINED (cuda_explained.py) says why it changes nothing that a result or a count could show.
+All of them are compiled at once. Each test then runs once without a fault, to see which mutants it reaches and how long it
+takes; each mutant is tried by the tests that reach it, in a process of its own, until one of them fails. A survivor wants a
+test, or the line can go, or EXPLAINED (cuda_explained.py) says why it changes nothing that a result or a count could show.
 """
 
 import argparse
@@ -54,10 +54,10 @@ __attribute__((visibility("default"))) unsigned char lak_reached[{count}] = {{}}
 """
 
 
-def write_sources() -> list[Mutant]:
-    """A copy of csrc with all mutants in it. What did not change keeps its time, so that it is not compiled again."""
+def changed_sources() -> tuple[dict[Path, str], list[Mutant]]:
+    """The files of csrc, those of the CUDA kernels with all their mutants, and these."""
     mutants: list[Mutant] = []
-    wanted: dict[Path, str] = {}
+    texts: dict[Path, str] = {}
     for path in sorted((ROOT / "csrc").rglob("*")):
         if not path.is_file():
             continue
@@ -70,13 +70,23 @@ def write_sources() -> list[Mutant]:
                 line = head.count("\n") + 2  # lines keep their numbers
                 text = f'{head}#pragma once\n#include "lak_mutant.h"\n#line {line}\n{rest}'
                 mutants += found
-        wanted[relative] = text
-    wanted[Path("cuda/lak_mutant.h")] = HEADER
-    wanted[Path("cuda/lak_mutant.cu")] = DEFINITIONS.format(count=len(mutants))
-    for relative, text in wanted.items():
+        texts[relative] = text
+    texts[Path("cuda/lak_mutant.h")] = HEADER
+    texts[Path("cuda/lak_mutant.cu")] = DEFINITIONS.format(count=len(mutants))
+    return texts, mutants
+
+
+def all_mutants() -> list[Mutant]:
+    return changed_sources()[1]
+
+
+def write_sources() -> list[Mutant]:
+    """A copy of csrc with all mutants in it. What did not change keeps its time, so that it is not compiled again."""
+    texts, mutants = changed_sources()
+    for relative, text in texts.items():
         emulator.write_if_changed(FOLDER / "csrc" / relative, text)
     for path in (FOLDER / "csrc").rglob("*"):
-        if path.is_file() and path.relative_to(FOLDER / "csrc") not in wanted:
+        if path.is_file() and path.relative_to(FOLDER / "csrc") not in texts:
             path.unlink()
     return mutants
 

@@ -1,8 +1,8 @@
-"""All mutants of a C++ source in one text: a number that is set at run time says which of its faults is there (Untch's schemata).
+"""All mutants of a C++ source in one text: a number set at run time says which of its faults is there (Untch's schemata).
 
-Every barrier and every wait for and commit of asynchronous copies is left out, every comparison, clip, condition, mask and sign is
-changed, one at a time. Sites are found by tokens, in text as clang-format leaves it: less-than has spaces around it, brackets of
-template arguments have none. What has to be constant when it is compiled stays as it is.
+Every barrier and every wait for and commit of asynchronous copies is left out, every comparison, clip, condition, mask and
+sign is changed, one at a time. Sites are found by tokens, in text as clang-format leaves it: less-than has spaces around it,
+brackets of template arguments have none. What has to be constant when it is compiled stays as it is.
 """
 
 import re
@@ -135,6 +135,8 @@ class Source:
         return " ".join(self.source[self.tokens[first].begin : self.tokens[last].end].split())
 
     def is_binary(self, at: int) -> bool:
+        if not 0 <= at < len(self.tokens):
+            return False
         begin, end = self.tokens[at].begin, self.tokens[at].end
         return self[at] in PRECEDENCE and self.source[begin - 1].isspace() and self.source[end].isspace()
 
@@ -149,30 +151,23 @@ class Source:
             before = self[at - 1]
             if before in (")", "else") and re.match(r"\w", self[at]):
                 break  # a statement after `for (...)`
-            if before in CLOSING and before != "}":
-                at = self.partner[at - 1]
-            elif before in BRACKETS or before in (",", ";", "?", ":", "}", "return", *ASSIGNMENTS):
+            weaker = self.is_binary(at - 1) and PRECEDENCE[before] < precedence
+            if weaker or before in (*BRACKETS, *ASSIGNMENTS, ",", ";", "?", ":", "}", "return"):
                 break
-            elif self.is_binary(at - 1) and PRECEDENCE[before] < precedence:
-                break
-            else:
-                at -= 1
+            at = self.partner[at - 1] if before in CLOSING else at - 1
         return at
 
     def last_of_right(self, at: int, precedence: int, ternary: bool = False) -> int:
         """The last token of the operand after `at`: of operators that bind more strongly than `precedence`."""
         while True:
             after = self[at + 1]
-            if after in BRACKETS:
-                at = self.partner[at + 1]
-            elif after == "?" and ternary:
+            if after == "?" and ternary:
                 at = self.colon(at + 1)
-            elif after in CLOSING or after in (",", ";", "?", ":", ""):
+                continue
+            weaker = self.is_binary(at + 1) and PRECEDENCE[after] <= precedence
+            if weaker or after in (*CLOSING, ",", ";", "?", ":", ""):
                 return at
-            elif self.is_binary(at + 1) and PRECEDENCE[after] <= precedence:
-                return at
-            else:
-                at += 1
+            at = self.partner[at + 1] if after in BRACKETS else at + 1
 
     def colon(self, question: int) -> int:
         """The colon of a question mark."""
@@ -235,7 +230,7 @@ class Source:
             one_less = f"ptx::wait_async_copies<({self.text(opened + 1, self.partner[opened] - 1)}) + 1>()"
             yield self._site(at - 2, last, Fault("wait", "(void)0"), Fault("wait", one_less))
             return
-        if self[at + 1] != "(" or re.match(r"\w", self[at - 1]) and self[at - 1] not in ("return", "else"):
+        if self[at + 1] != "(" or (re.match(r"\w", self[at - 1]) and self[at - 1] not in ("return", "else")):
             return  # no call, or a declaration
         last = self.partner[at + 1]
         first = at - 2 if self[at - 1] == "::" else at
