@@ -12,7 +12,6 @@ enum LakCudaError : int {
   kLakNoCodeForDevice,
   kLakDriverTooOld,
   kLakOutOfMemory,
-  kLakTooMuchSharedMemory,
   kLakNoWorkspace,
   kLakBadTile,
   kLakCudaError = 1000,  // plus a cudaError_t

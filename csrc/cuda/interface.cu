@@ -99,7 +99,6 @@ const char* lak_cuda_error(int code) {
       return text.c_str();
     }
     case kLakOutOfMemory: return "the GPU's memory does not suffice for a context and the kernels' code";
-    case kLakTooMuchSharedMemory: return "the GPU has too little shared memory for this kernel (99 KiB a block are needed)";
     case kLakBadTile:
       return "keys of forward's tiles: expected 64, 32, or 0 for the default, and a compute capability from 8.0 on";
     case kLakNoWorkspace: return "workspace: expected memory, got none";

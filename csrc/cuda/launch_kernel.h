@@ -36,12 +36,8 @@ int launch_kernel(int64_t blocks, int threads, cudaStream_t stream, const Argume
   if (blocks == 0) return kLakSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return kLakGridTooLarge;
   if constexpr (kSharedBytes > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaErrorInvalidValue) {
-      cudaGetLastError();
-      return kLakTooMuchSharedMemory;
-    }
-    if (const int code = code_of(error); code != kLakSuccess) return code;
+    const int code = code_of(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    if (code != kLakSuccess) return code;
   }
   return code_of(ptx::launch<kKernel>(static_cast<unsigned>(blocks), threads, kSharedBytes, stream, arguments...));
 }

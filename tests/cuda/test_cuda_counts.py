@@ -104,3 +104,34 @@ def test_bank_conflicts(emulator: ModuleType, head_dim: int) -> None:
         counts = emulator.counts()
         assert counts["bank_conflicts"] <= 0.02 * counts["wavefronts"], counts
     emulator.count_banks(False)
+
+
+def test_no_block_more_than_there_are_tiles(emulator: ModuleType) -> None:
+    """A row, or a key, less than whole tiles, none less, and one more."""
+    for more, tiles in ((-1, 2), (0, 2), (1, 3)):
+        rows = 128 + more
+        case = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=rows, seq_k=rows)
+        run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+        emulator.blocks()
+        run.forward(), run.backward()
+        blocks = emulator.blocks()
+        sums = 10 * 64 // 128 + 1  # a thread for each element of the prefix's gradients, and one more for the gate
+        assert blocks == {
+            "forward_kernel": ((tiles + 1) // 2, 0), "backward_rows_kernel": (tiles, 0),
+            "backward_sums_kernel": (sums, 0), "backward_words_kernel": (tiles, 0),
+        }  # fmt: skip
+        case = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=rows // 2, seq_k=768 + rows)
+        run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+        run.forward()
+        emulator.blocks()
+        run.backward()
+        blocks = emulator.blocks()
+        assert blocks["backward_keys_kernel"] == ((768 + rows + 127) // 128, 0)
+        assert blocks["convert_dquery_kernel"] == ((rows // 2 + 63) // 64, 0)
+        case = Case(batch=1, heads_q=8, heads_kv=1, head_dim=64, seq_q=4, seq_k=512 + more)
+        run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+        run.decode()
+        assert emulator.blocks() == {
+            "decode_kernel": (2 * 2, 0),
+            "combine_kernel": (8, 0),
+        }  # 2 tiles of 16 rows, 2 splits

@@ -103,6 +103,16 @@ def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dty
         assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
 
 
+def test_a_table_of_one_prefix_is_not_everybodys(emulator: ModuleType) -> None:
+    problem = make_problem(replace(SMALL, lengths=((7, 7), (30, 30), (9, 9)), prefix="table"), torch.bfloat16)
+    for name in ("prefix_key", "prefix_value"):
+        tensor = problem.tensors[name]
+        assert tensor is not None
+        problem.tensors[name] = tensor.detach()[:1].clone().requires_grad_()
+    problem.arguments["prefix_index"] = int32(0, -1, 0)
+    assert_within_rule(emulator, problem)
+
+
 BAD_PREFIX = {  # dtype, keys, deterministic: which kernel sums dQ
     "words": (torch.bfloat16, 20, False),
     "words, deterministic": (torch.bfloat16, 800, True),
@@ -146,6 +156,33 @@ def test_wild_windows_are_clamped(emulator: ModuleType, name: str) -> None:
     expected["decoded"], results["decoded"] = (EmulatedProblem(emulator, p).decode() for p in (sensible, wild))
     for result in results:
         assert torch.equal(results[result], expected[result]), result
+
+
+def test_wild_windows_that_end_before_they_begin(emulator: ModuleType) -> None:
+    """So far before that the difference is no 32-bit number."""
+    case = replace(SMALL, batch=3, seq_q=9, seq_k=20)
+    wild, sensible = make_problem(case, torch.bfloat16), make_problem(case, torch.bfloat16)
+    wild.arguments |= {"key_start": int32(5, 2**31 - 1, -(2**31)), "key_end": int32(-(2**31), 3, 2**31 - 1)}
+    sensible.arguments |= {"key_start": int32(5, 20, 0), "key_end": int32(0, 3, 20)}
+    expected, results = everything(emulator, sensible), everything(emulator, wild)
+    expected["decoded"], results["decoded"] = (EmulatedProblem(emulator, p).decode() for p in (sensible, wild))
+    for result in results:
+        assert torch.equal(results[result], expected[result]), result
+
+
+@pytest.mark.parametrize("prefix", ["shared", "table"])
+def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
+    """A packed batch of none: every token comes after the last sequence, and offsets has a single entry."""
+    problem = make_problem(replace(SMALL, lengths=((70, 70),), prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
+    problem.arguments |= {"cu_seqlens_q": int32(0), "cu_seqlens_k": int32(0)}
+    if prefix == "table":
+        problem.arguments["prefix_index"] = int32()
+    run = EmulatedProblem(emulator, problem)
+    run.params["batch"] = 0
+    output, logsumexp = run.forward()
+    assert (logsumexp == -torch.inf).all()
+    for name, result in {"output": output, **run.backward()}.items():
+        assert (result == 0).all(), name
 
 
 WILD_OFFSETS = [(-5, 17), (0, 2**31 - 1), (9, 3), (3, -(2**31)), (2**30, 2**30 + 4), (17, 40)]

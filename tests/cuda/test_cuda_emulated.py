@@ -28,6 +28,7 @@ CASES = [
     *(Case(layout=layout, head_dim=64) for layout in ("bshd", "padded")),
     Case(lengths=((3, 5), (0, 2), (70, 70), (4, 0), (0, 0)), head_dim=64),
     Case(lengths=((5, 5), (64, 64), (1, 1)), prefix="table", gate="prefix", head_dim=128),
+    Case(lengths=((5, 5), (40, 40), (1, 1)), prefix="sequence", gate="prefix", head_dim=64),
 ]  # fmt: skip
 
 

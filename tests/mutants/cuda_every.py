@@ -23,10 +23,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.mutants.cuda_explained import EXPLAINED
 from tests.mutants.driver import ROOT
 from tests.mutants.schemata import Mutant, schemata
 from tests.support import emulator
@@ -34,7 +34,7 @@ from tests.support import emulator
 FOLDER = ROOT / "build" / "mutants" / "cuda-every"
 TESTS = [
     f"tests/cuda/test_cuda_{name}.py"
-    for name in ("emulated", "edges", "exactness", "paths", "not_finite", "op_emulated", "launchers", "counts")
+    for name in ("emulated", "edges", "exactness", "paths", "not_finite", "op_emulated", "launchers", "counts", "products")
 ]
 HEADER = """#pragma once
 extern "C" {
@@ -101,7 +101,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Verdict:
-    outcome: str  # killed, survived, undecided, not reached
+    outcome: str  # killed, explained, survived, undecided, not reached
     by: str = ""
 
 
@@ -175,6 +175,9 @@ class Loop:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.pop()
                 order = self._tests_of(mutant)
+                if mutant.name in EXPLAINED:
+                    self._note(mutant, Verdict("explained", EXPLAINED[mutant.name]))
+                    continue
                 if not order:
                     self._note(mutant, Verdict("not reached"))
                     continue
@@ -231,15 +234,9 @@ class Loop:
         os._exit(code)
 
     def _note(self, mutant: Mutant, verdict: Verdict) -> None:
-        from tests.mutants.cuda_explained import EXPLAINED
-
         self.verdicts[mutant.number] = verdict
-        reason = EXPLAINED.get(mutant.name, "") if verdict.outcome != "killed" else ""
-        outcome = "explained" if reason else verdict.outcome if verdict.outcome == "killed" else verdict.outcome.upper()
-        print(
-            f"{len(self.verdicts)}/{len(self.chosen)} {outcome}: [{mutant.kind}] {mutant} {reason or verdict.by}",
-            flush=True,
-        )
+        shown = verdict.outcome if verdict.outcome in ("killed", "explained") else verdict.outcome.upper()
+        print(f"{len(self.verdicts)}/{len(self.chosen)} {shown}: [{mutant.kind}] {mutant} {verdict.by}", flush=True)
 
 
 def choose(mutants: list[Mutant], only: str, kinds: str) -> list[Mutant]:
@@ -275,28 +272,17 @@ def main() -> int:
     code = pytest.main([*TESTS, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[loop])
     if code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED) or len(loop.verdicts) != len(chosen):
         return 1
-    from tests.mutants.cuda_explained import EXPLAINED
-
-    by_number = {mutant.number: mutant for mutant in mutants}
-    verdicts: list[dict[str, Any]] = []
-    for number, verdict in sorted(loop.verdicts.items()):
-        mutant = by_number[number]
-        verdicts.append(
-            {
-                "kind": mutant.kind,
-                "mutant": str(mutant),
-                "name": mutant.name,
-                "outcome": verdict.outcome,
-                "by": verdict.by,
-            }
-        )
+    entries = [
+        {"kind": mutant.kind, "mutant": str(mutant), "name": mutant.name, "outcome": verdict.outcome, "by": verdict.by}
+        for mutant in chosen
+        if (verdict := loop.verdicts[mutant.number])
+    ]
     if arguments.output:
-        arguments.output.write_text(json.dumps(verdicts, indent=1) + "\n")
-    killed = [entry for entry in verdicts if entry["outcome"] == "killed"]
-    explained = [entry for entry in verdicts if entry["outcome"] != "killed" and entry["name"] in EXPLAINED]
-    open_ = len(verdicts) - len(killed) - len(explained)
-    print(f"{len(verdicts)} mutants: {len(killed)} killed, {len(explained)} explained, {open_} survivors")
-    return min(1, open_)
+        arguments.output.write_text(json.dumps(entries, indent=1) + "\n")
+    counts = Counter(entry["outcome"] for entry in entries)
+    survivors = len(entries) - counts["killed"] - counts["explained"]
+    print(f"{len(entries)} mutants: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
+    return min(1, survivors)
 
 
 if __name__ == "__main__":

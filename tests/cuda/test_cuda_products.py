@@ -1,0 +1,138 @@
+"""How many matrix instructions the CUDA kernels execute, against a count of the tiles that have something to see.
+
+A tile too many costs time and changes no result, so that no other test would notice. bfloat16 with 64 columns: a product of
+16 x 8 x 16 is one instruction.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from llama_adapter_kernels.testing import Case, make_problem
+from tests.support.emulated import EmulatedProblem
+
+FEW_KEYS = 16  # rows that see no more take their statistics from the keys again
+Rows = list[list[int]]  # of each row the keys that its window has, in order
+
+
+@dataclass(frozen=True)
+class Visible:
+    windows: Rows
+    unmasked: Rows
+    keys: int
+
+    def hull(self, rows: range) -> tuple[int, int]:
+        """The first key that one of the rows sees, and the one after the last."""
+        seen = [key for row in rows for key in self.windows[min(row, len(self.windows) - 1)]]
+        return (min(seen), max(seen) + 1) if seen else (0, 0)
+
+    def rows_seeing(self, keys: range) -> tuple[int, int]:
+        rows = [row for row, window in enumerate(self.windows) if any(key in keys for key in window)]
+        return (min(rows), max(rows) + 1) if rows else (0, 0)
+
+
+def visible(case: Case, mask: torch.Tensor | None) -> Visible:
+    lengths = case.lengths or ((case.seq_q, case.seq_k),)
+    windows: Rows = []
+    first = 0
+    for queries, keys in lengths:
+        for row in range(queries):
+            last = first + (row + keys - queries + 1 if case.is_causal else keys)
+            windows.append(list(range(first, max(first, last))))
+        first += keys
+    allowed = [
+        window if mask is None else [key for key in window if mask[row, key]] for row, window in enumerate(windows)
+    ]
+    return Visible(windows, allowed, first)
+
+
+def tiles(begin: int, end: int, size: int) -> range:
+    return range(begin // size, (end + size - 1) // size) if end > begin else range(0)
+
+
+def of_forward(seen: Visible, small: bool) -> int:
+    """Blocks of four warps, of 32 rows each (with a mask of 16); tiles of 64 keys from the first that the block sees."""
+    rows_of_warp = 16 if small else 32
+    per_warp = rows_of_warp // 16
+    count = 0
+    for first in range(0, len(seen.windows), 4 * rows_of_warp):
+        begin, end = seen.hull(range(first, first + 4 * rows_of_warp))
+        for warp in range(4):
+            first_row = first + warp * rows_of_warp
+            low, high = seen.hull(range(first_row, first_row + rows_of_warp))
+            steps = sum(at < high and at + 64 > low for at in range(begin, end, 64))
+            count += steps * per_warp * (8 * 4 + 8 * 4)  # Q K^T, P V
+            count += per_warp * (2 * 4 + 8)  # the same of the prefix
+    return count
+
+
+def of_rows(seen: Visible) -> int:
+    """Tiles of 64 rows, 16 a warp: the prefix, and the words of rows that see few keys."""
+    count = 0
+    for first in range(0, (len(seen.windows) + 63) // 64 * 64, 16):
+        count += 2 * 2 * 4  # Q Kp^T, dO Vp^T
+        count += 2 * 4 * 2  # a quarter of the columns of gate P_p^T dO and dS_p^T Q over the 64 rows
+        rows = range(first, min(first + 16, len(seen.windows)))
+        few = [row for row in rows if 0 < len(seen.unmasked[row]) <= FEW_KEYS]
+        keys = [key for row in few for key in seen.windows[row]]
+        if not keys:
+            continue
+        wanted = {key for row in few for key in seen.unmasked[row]}
+        for at in range(min(keys), max(keys) + 1, 16):
+            count += 2 * 2 * 4 if any(at <= key < at + 16 for key in wanted) else 0  # Q K^T, dO V^T
+    return count
+
+
+def of_words(seen: Visible, group: int) -> int:
+    """Tiles of 64 queries and the same 64 keys, for each query head of one kv head."""
+    count = 0
+    product = 4 * 8 * 4
+    for tile in range((max(len(seen.windows), seen.keys) + 63) // 64):
+        own = range(64 * tile, 64 * tile + 64)
+        has_queries = own.start < len(seen.windows)
+        keys = tiles(*seen.hull(range(own.start, min(own.stop, len(seen.windows)))), 64) if has_queries else range(0)
+        rows = tiles(*seen.rows_seeing(own), 64)
+        carried = group == 1 and tile in keys and tile in rows
+        count += group * len(keys) * 3 * product  # Q K^T, dO V^T, dS K
+        count += group * has_queries * 4 * 8  # dS_p Kp
+        count += group * len(rows) * 4 * product - carried * 2 * product  # Q K^T, dO V^T, dS^T Q, P^T dO
+    return count
+
+
+CASES = {
+    "dense": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=200, seq_k=200),
+    "dense, more keys": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=300),
+    "dense, more queries": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=300, seq_k=70),
+    "not causal": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=130, is_causal=False),
+    "a group": Case(batch=1, heads_q=3, heads_kv=1, head_dim=64, seq_q=130, seq_k=130),
+    "packed": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (1, 1), (130, 130), (60, 60), (64, 64))),
+    "packed, a group": Case(heads_q=2, heads_kv=1, head_dim=64, lengths=((5, 5), (100, 100), (30, 30))),
+    "packed, not causal": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (90, 90)), is_causal=False),
+    "mask": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=100, seq_k=100, mask="bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_matrix_instructions(emulator: ModuleType, name: str) -> None:
+    case = CASES[name]
+    problem = make_problem(case, torch.bfloat16)
+    mask = None
+    if case.mask == "bool":
+        # Of every seventh row 16 keys are left, of the row after it 17, of others all; the last row sees a single one.
+        mask = torch.ones(case.seq_q, case.seq_k, dtype=torch.bool)
+        mask[::7, 16:] = False
+        mask[1::7, 17:] = False
+        mask[-1] = False
+        mask[-1, 3] = True
+        problem.arguments["attn_mask"] = mask
+    seen = visible(case, mask)
+    run = EmulatedProblem(emulator, problem)
+    emulator.counts()
+    run.forward()
+    assert emulator.counts()["mma"] == case.heads_q * of_forward(seen, small=mask is not None)
+    run.backward()
+    assert emulator.counts()["mma"] == case.heads_q * of_rows(seen) + case.heads_kv * of_words(
+        seen, case.heads_q // case.heads_kv
+    )
