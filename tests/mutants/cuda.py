@@ -1,189 +1,321 @@
-"""Mutants of the CUDA kernels, run by the emulator: python -m tests.mutants.cuda [NAME ...].
+"""Mutants of the CUDA kernels, run by the emulator: all that schemata.py finds, and those of cuda_added.py.
 
-Only the instantiations for bfloat16 and float32 with 64 columns are built with the fault, besides float16's where outputs have
-to overflow and those of 128 columns where a tile is chosen; the others come from build/emulator.
+python -m tests.mutants.cuda
+
+
+    --only rows.h:100-140   of one file, and there of these lines alone
+    --kinds barrier,wait    of these kinds alone: barrier wait commit zero comparison mask condition choice clip sign factor
+    --seconds 60            of a core for one mutant; tests that do not fit are left out, which the verdict says
+    --output FILE           verdicts as JSON
+    --again FILE            of an earlier output what was not killed, alone
+
+All of them are compiled at once. Each test then runs once without a fault, to see which mutants it reaches and how long it
+takes; each mutant is tried by the tests that reach it, in a process of its own, until one of them fails. A survivor wants a
+test, or the line can go, or EXPLAINED (cuda_explained.py) says why it changes nothing that a result or a count could show.
 """
 
-# ruff: noqa: E501 (a mutant is read best on one line)
-
+import argparse
+import ctypes
+import hashlib
 import json
 import os
-import subprocess
+import pickle
+import signal
 import sys
-from functools import cache
+import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutants.driver import ROOT, Mutant, Suite, run
-from tests.support.emulator import build as build_emulator
+import pytest
 
-BUILT = ROOT / "build" / "emulator"
-INSTANTIATED = ("bf16_d64.cu.o", "fp32_d64.cu.o")
-FLOAT16 = ("fp16_d64.cu.o",)  # the only type whose outputs overflow
-WIDE = ("bf16_d128.cu.o",)  # the only one with two tiles to choose from
-KERNELS = ("tests/cuda/test_cuda_emulated.py", "-k", "test_forward_and_backward and d64 or threads")
-EDGES = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "tests/cuda/test_cuda_paths.py")
-PATHS = ("tests/cuda/test_cuda_paths.py",)
-DECODE = ("tests/cuda/test_cuda_emulated.py", "-k", "test_decode")
-OFFSETS = ("tests/cuda/test_cuda_edges.py", "-k", "offsets or promised")
-WINDOWS = ("tests/cuda/test_cuda_edges.py", "-k", "windows or outside_of")
-MASKED = ("tests/cuda/test_cuda_edges.py", "tests/cuda/test_cuda_exactness.py", "-k", "mask_hides or hidden_key")
-BAD_PREFIX = ("tests/cuda/test_cuda_edges.py", "-k", "prefix_index")
-ORDER = ("tests/cuda/test_cuda_edges.py", "-k", "one_order")
-TAILS = ("tests/cuda/test_cuda_edges.py", "-k", "tail")
-NOT_FINITE = ("tests/cuda/test_cuda_not_finite.py",)
-CHOSEN_TILE = ("tests/cuda/test_cuda_paths.py", "-k", "chosen_tile")  # head_dim 128 as well
-OVERFLOWS = ("tests/cuda/test_cuda_exactness.py", "-k", "beyond_float16 or scores_of_every_size")  # FLOAT16 as well
+from tests.mutants.cuda_added import ADDED
+from tests.mutants.cuda_explained import EXPLAINED
+from tests.mutants.driver import ROOT
+from tests.mutants.schemata import Fault, Mutant, Site, schemata
+from tests.support import emulator
 
-
-@cache
-def commands() -> tuple[Path, dict[str, str], dict[str, str]]:
-    """The module without faults, compile commands by object, and what each object depends on."""
-    module = build_emulator(BUILT)
-    database = subprocess.run(["ninja", "-C", BUILT, "-t", "compdb"], capture_output=True, text=True, check=True).stdout
-    found = {entry["output"]: entry["command"] for entry in json.loads(database) if entry["output"].endswith(".o")}
-    deps = subprocess.run(["ninja", "-C", BUILT, "-t", "deps"], capture_output=True, text=True, check=True).stdout
-    return module, found, {part.split(":", 1)[0]: part for part in deps.split("\n\n") if part.strip()}
-
-
-def build(sources: Path, site: Path, mutant: Mutant) -> None:
-    """Compiles what the mutated file is part of, and links it before the other objects."""
-    module, compile_commands, depends = commands()
-    instantiated = INSTANTIATED
-    instantiated += FLOAT16 if mutant.tests == OVERFLOWS else WIDE if mutant.tests == CHOSEN_TILE else ()
-    faulty: dict[str, str] = {}
-    running = []
-    for name, command in compile_commands.items():
-        instantiation = name.startswith(("forward_", "backward_", "decode_"))
-        if str(ROOT / mutant.file) in depends.get(name, "") and (not instantiation or name.endswith(instantiated)):
-            faulty[name] = str(sources / name)
-            arguments = command.replace(str(ROOT / "csrc"), str(sources / "csrc")).replace(
-                f"-o {name}", f"-o {sources / name}"
-            )
-            running.append(subprocess.Popen(arguments, shell=True, cwd=BUILT))
-            if len(running) == 2 and running.pop(0).wait() != 0:
-                raise RuntimeError(f"{name}: the mutant does not compile")
-    if any(process.wait() != 0 for process in running):
-        raise RuntimeError(f"{mutant.name}: the mutant does not compile")
-    objects = [*faulty.values(), *(str(BUILT / name) for name in compile_commands if name not in faulty)]
-    linked = site / module.name
-    import torch
-
-    library = Path(torch.__file__).parent / "lib"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(linked), f"-L{library}", "-l:libtorch_cpu.so"], check=True)
-    os.environ["LAK_EMULATOR"] = str(linked)
-
-
-def forward(name: str, old: str, new: str, tests: tuple[str, ...] = KERNELS) -> Mutant:
-    return Mutant(f"forward: {name}", "csrc/cuda/sm80/forward.h", old, new, tests)
-
-
-def backward(file: str, name: str, old: str, new: str, tests: tuple[str, ...] = KERNELS) -> Mutant:
-    return Mutant(f"{file}: {name}", f"csrc/cuda/sm80/backward/{file}.h", old, new, tests)
-
-
-def shared(file: str, name: str, old: str, new: str, tests: tuple[str, ...] = KERNELS) -> Mutant:
-    return Mutant(f"{file}: {name}", f"csrc/cuda/{file}.h", old, new, tests)
-
-
-# fmt: off
-MUTANTS = [
-    forward("barrier before K", "__syncthreads();  // K (and Q) is there", "// "),
-    forward("barrier before V", "__syncthreads();  // V is there", "// "),
-    forward("wait for K", "ptx::wait_async_copies<0>();\n    __syncthreads();  // K (and Q)", "__syncthreads();  // K (and Q)"),
-    forward("wait for V", "ptx::wait_async_copies<0>();\n    __syncthreads();  // V", "__syncthreads();  // V"),
-    forward("barrier before the windows", "__syncthreads();  // the windows", "// "),
-    forward("tiles that begin before a window", "at >= last.begin && at + Tiles::kKeys <= first.end", "at + Tiles::kKeys <= first.end", PATHS),
-    forward("tiles that end after a window", "at >= last.begin && at + Tiles::kKeys <= first.end", "at >= last.begin && at + Tiles::kKeys <= last.end"),
-    forward("scores are added to what registers held", "set_zero(c);\n    if (any) multiply_abt(c", "if (any) multiply_abt(c"),
-    forward("gate's sign", "weight[m][half] = gate / softmax[m].total[half];", "weight[m][half] = -gate / softmax[m].total[half];"),
-    forward("gate forgotten", "weight[m][half] = gate / softmax[m].total[half];", "weight[m][half] = 1.0f / softmax[m].total[half];"),
-    forward("a row without keys is divided", "sum == 0.0f ? 0.0f : 1.0f / sum;", "1.0f / sum;"),
-    forward("log-sum-exp without its sum", "(largest[m][half] * scale + ptx::log2_fast(sum)) * kLn2", "(largest[m][half] * scale) * kLn2"),
-    forward("prefix slots that are not there", "% 2 < slots_left ? c[m][n][e] * factor : -kInfinity;", "% 2 < 16 ? c[m][n][e] * factor : -kInfinity;"),
-    forward("later prefix tiles keep the first's scores", "prefix_scores(c, memory.query, warp_row, memory.prefix_key, s.slots - slot, before);\n      }", "}"),
-    forward("NaN leaves its sequence", "&& part.is_whole() && !all_finite(output));", "&& false);", NOT_FINITE),
-    forward("a part copies the others' rows", "at, keys.begin, keys.end, head_dim", "at, s.key_begin, s.key_end, head_dim", NOT_FINITE),
-    forward("a part stores the others' rows", "end = lower(s.rows, part.end);", "end = s.rows;", NOT_FINITE),
-    forward("tokens after the last sequence keep what memory held", "if (first_row >= s.queries) return write_empty_rows<T, Memory::Tiles::kRows>(params, place);", "if (first_row >= s.queries) return;", TAILS),
-    shared("sm80/softmax", "sum not rescaled", "total[m][half] = fmaf(total[m][half], rescale, sum);", "total[m][half] += sum;"),
-    shared("sm80/softmax", "output not rescaled", "output[m][n][2 * half] *= rescale;", ""),
-    shared("sm80/softmax", "a row without keys", "tile_max == -kInfinity ? 0.0f : tile_max,", "tile_max,"),
-    shared("sm80/softmax", "prefix sum not rescaled", "total[half] *= rescale;", "", EDGES),
-    shared("sm80/softmax", "weighted sum not rescaled", "weighted[half] *= rescale;", "", EDGES),
-    shared("sm80/scores", "windows one key too long", "from + at < count", "from + at <= count"),
-    shared("sm80/scores", "a mask shows hidden NaN", "return mask == -kInfinity ? mask : value + mask;", "return value + mask;", MASKED),
-    shared("sm80/scores", "float32 loses what the shift rounds", "ptx::exp2_fast(fmaf(difference, factor, -rest))", "ptx::exp2_fast(difference * factor)", EDGES),
-    shared("problem", "the diagonal of token tiles", "last - rows_after)};", "last - rows_after + 1)};", PATHS),
-    shared("problem", "the diagonal of a sequence", "lower(s.key_end, row + s.diagonal + 1))};", "lower(s.key_end, row + s.diagonal + 2))};"),
-    shared("problem", "the window's start", "return {s.key_begin, higher(s.key_begin,", "return {0, higher(s.key_begin,"),
-    shared("problem", "the first query that sees a key", "lower(higher(first - s.diagonal, 0), s.queries)", "lower(higher(first - s.diagonal + 64, 0), s.queries)"),
-    shared("problem", "the last query that sees a key of a tile", "sequence_holding(params.cu_seqlens_k, params.batch, last) + 1, params.total_q)};", "sequence_holding(params.cu_seqlens_k, params.batch, first) + 1, params.total_q)};", PATHS),
-    shared("problem", "offsets past the tokens", "clamp(ptx::load_global(cu_seqlens + at), 0, total)", "ptx::load_global(cu_seqlens + at)", OFFSETS),
-    shared("problem", "a window's end past the keys", "clamp(ptx::load_global(params.key_end + b), 0, s.keys)", "ptx::load_global(params.key_end + b)", WINDOWS),
-    shared("problem", "a window's start before the keys", "clamp(ptx::load_global(params.key_start + b), 0, s.keys)", "ptx::load_global(params.key_start + b)", WINDOWS),
-    shared("problem", "queries of a sequence longer than promised", "clamp(offset_at(params.cu_seqlens_q, b + 1, params.total_q) - s.first_query, 0, params.seq_q)", "(offset_at(params.cu_seqlens_q, b + 1, params.total_q) - s.first_query)", OFFSETS),
-    shared("problem", "keys of a sequence longer than promised", "clamp(offset_at(params.cu_seqlens_k, b + 1, params.total_k) - s.first_key, 0, params.seq_k)", "(offset_at(params.cu_seqlens_k, b + 1, params.total_k) - s.first_key)", OFFSETS),
-    shared("problem", "an entry outside of the prefix table is no prefix", "s.bad_prefix = entry < -1 || entry >= params.prefix_count;", "s.bad_prefix = false;", BAD_PREFIX),
-    shared("problem", "the gate of a bad prefix is a number", "if (s.bad_prefix) return std::numeric_limits<float>::quiet_NaN();", "if (s.bad_prefix) return 0.0f;", BAD_PREFIX),
-    forward("a bad prefix leaves the output as it is", "s.bad_prefix ? gate : 1.0f", "1.0f", BAD_PREFIX),
-    shared("sm80/fragments", "rows before the first one are copied", "begin = first + own - low;", "begin = first + own;", WINDOWS),
-    shared("sm80/fragments", "rows after the last one are copied", "low < high ? high - low : 0", "low < high ? high - low + 1 : 0", WINDOWS),
-    shared("sm80/zero_tail", "dK keeps what memory held", "clear(params.dkey, params.heads_kv, params.cu_seqlens_k, params.total_k);", "", TAILS),
-    shared("sm80/zero_tail", "dV keeps what memory held", "clear(params.dvalue, params.heads_kv, params.cu_seqlens_k, params.total_k);", "", TAILS),
-    shared("sm80/zero_tail", "dQ keeps what memory held", "clear(params.dquery, params.heads_q, params.cu_seqlens_q, params.total_q);", "", TAILS),
-    shared("sm80/zero_tail", "the output keeps what memory held", "clear(params.output, params.heads_q, params.cu_seqlens_q, params.total_q);", "", TAILS),
-    shared("sm80/zero_tail", "the log-sum-exp keeps what memory held", "* params.logsumexp.stride_head + row, -kInfinity);", "* params.logsumexp.stride_head + row, 0.0f);", TAILS),
-    backward("workspace", "the order of sums is not kept where it was asked for", "params.deterministic == 0 && ", "", ORDER),
-    shared("problem", "a part begins with the next sequence", "const int last = higher(lower(end, s.queries) - 1, 0)", "const int last = higher(lower(end, s.queries) - 2, 0)", NOT_FINITE),
-    backward("rows", "barrier before a tile", "__syncthreads();  // the tile is there", "// "),
-    backward("rows", "wait for a tile", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the tile is there", "__syncthreads();  // the tile is there"),
-    backward("rows", "gate's part stays in D_w", "- gate * prefix_delta[half];", ";"),
-    backward("rows", "dgate's sign", "dgate += prefix_delta[half];", "dgate -= prefix_delta[half];"),
-    backward("rows", "the prefix's dS without D_p", "c[0][n][e] * (d[0][n][e] - prefix_delta[half]);", "c[0][n][e] * d[0][n][e];"),
-    backward("rows", "dS of slots that have no memory is stored", "if (slot + column >= stride) continue;", ""),
-    shared("sm80/fragments", "dS of slots that have no memory is read", "a.r[half + k / 4] = column < columns ?", "a.r[half + k / 4] = true ?", NOT_FINITE),
-    shared("sm80/fragments", "float32 dS of slots that have no memory is read", "k < columns ? ptx::load_global", "true ? ptx::load_global", NOT_FINITE),
-    shared("sm80/forward_choice", "the chosen tile is forgotten", "return keys == 0 ? !fits : keys == 32;", "return !fits;", CHOSEN_TILE),
-    shared("sm80/forward_choice", "the card's own tile is the other", "return keys == 0 ? !fits : keys == 32;", "return keys == 0 ? fits : keys == 32;", CHOSEN_TILE),
-    backward("rows", "few-key rows take the rounded D_w", "(few[half] || coarse || !fits)", "(coarse || !fits)", EDGES),
-    backward("rows", "large scores take the coarse log-sum-exp", "(few[half] || coarse || !fits)", "(few[half] || !fits)", OVERFLOWS),
-    backward("rows", "overflowed outputs keep their D_w", "(few[half] || coarse || !fits)", "(few[half] || coarse)", OVERFLOWS),
-    backward("rows", "sums of dQ begin anywhere", "for (int i = 4 * lane; i < 16 * head_dim; i += 128)", "for (int i = 4 * lane; i < 0; i += 128)", PATHS),
-    backward("exact", "NaN of a neighbour in D_w", "dprobability[n][e] = seen ? dprobability[n][e] : 0.0f;", "", NOT_FINITE),
-    backward("pair", "dS without D_w", "c[m][n][e] * (d[m][n][e] - delta);", "c[m][n][e] * d[m][n][e];"),
-    backward("pair", "scores are added to what registers held", "      set_zero(c);\n      set_zero(d);\n      if (Scores::has(warp))", "      set_zero(d);\n      if (Scores::has(warp))"),
-    backward("words", "dP is added to what registers held", "    set_zero(c);\n    set_zero(d);\n    if (Scores::has(warp))", "    set_zero(c);\n    if (Scores::has(warp))"),
-    backward("pair", "barrier before dO", "__syncthreads();  // dO is there", "// "),
-    backward("pair", "barrier before P and dS", "__syncthreads();  // P and dS are there", "// "),
-    backward("pair", "barrier after Q", "__syncthreads();  // every warp is done with Q", "// "),
-    backward("pair", "barrier before the next Q", "__syncthreads();  // the next Q is there", "// "),
-    backward("pair", "wait for dO", "ptx::wait_async_copies<0>();\n      __syncthreads();  // dO is there", "__syncthreads();  // dO is there"),
-    backward("pair", "wait for the next Q", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the next Q", "__syncthreads();  // the next Q"),
-    backward("pair", "a block ends while copies are in flight", "ptx::wait_async_copies<0>();  // K and V of keys that no query sees", ""),
-    backward("pair", "keys before a window", "at < last.begin || at + 8 * kN > first.end", "at + 8 * kN > first.end", PATHS),
-    backward("pair", "keys after a window", "at < last.begin || at + 8 * kN > first.end", "at < last.begin"),
-    backward("pair", "dK without scale", "store(params.dkey, dkey, static_cast<float>(params.scale));", "store(params.dkey, dkey, 1.0f);"),
-    backward("pair", "NaN of a neighbour's statistics", "copies.clear_statistics_beside_part(row_of(step));", "", NOT_FINITE),
-    backward("words", "barrier before K", "__syncthreads();  // K is there", "// "),
-    backward("words", "barrier before dS", "__syncthreads();  // dS is there", "// "),
-    backward("words", "barrier before the next V", "__syncthreads();  // the next V is there", "// "),
-    backward("words", "wait for K", "ptx::wait_async_copies<0>();\n    __syncthreads();  // K is there", "__syncthreads();  // K is there"),
-    backward("words", "wait for the next V", "ptx::wait_async_copies<0>();\n    __syncthreads();  // the next V", "__syncthreads();  // the next V"),
-    backward("words", "wait for Q, dO and the first V", "ptx::wait_async_copies<1>();", ""),
-    backward("words", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace,", "if (slot > 0) add_prefix_product(dquery, prefix_key, workspace,"),
-    backward("words", "NaN leaves its sequence", "__syncthreads_or(!finite) != 0;", "__syncthreads_or(!finite) > 1;", NOT_FINITE),
-    backward("words", "the pair of a part is carried on", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));\n    if (threadIdx.x == 0) memory.store_carries(false);", "memory.begin_pass(part_of_queries(params, same.s, again ? same.s.rows : part.begin));", NOT_FINITE),
-    backward("keys", "dQ without the prefix", "add_prefix_product(dquery, prefix_key, workspace, b, head, row, slot, 0);", "", PATHS),
-    backward("keys", "dQ without scale", "static_cast<float>(params.scale) * (s.bad_prefix", "1.0f * (s.bad_prefix", PATHS),
-    backward("keys", "wait for the prefix", "ptx::wait_async_copies<0>();", "", PATHS),
-    backward("keys", "a bad prefix leaves dQ as it is", "s.bad_prefix ? gate_of(params, s, head) : 1.0f", "1.0f", BAD_PREFIX),
-    backward("words", "a bad prefix leaves dQ as it is", "same.s.bad_prefix ? gate_of(params, same.s, head) : 1.0f", "1.0f", BAD_PREFIX),
-    backward("sums", "entries of the prefix table are mixed up", "return s.slots > 0 && s.prefix == entry;", "return s.slots > 0;"),
-    backward("sums", "the first head of a group alone", "i < group * grid.chunks; ++i) {", "i < grid.chunks; ++i) {"),
+FOLDER = ROOT / "build" / "mutants" / "cuda"
+TESTS = [
+    f"tests/cuda/test_cuda_{name}.py"
+    for name in (
+        "emulated",
+        "edges",
+        "exactness",
+        "paths",
+        "not_finite",
+        "op_emulated",
+        "launchers",
+        "counts",
+        "products",
+    )
 ]
-# fmt: on
+HEADER = """#pragma once
+extern "C" {
+extern int lak_active_mutant;
+extern unsigned char lak_reached[];
+}
+inline bool lak_mutant(int number) {
+  lak_reached[number] = 1;
+  return lak_active_mutant == number;
+}
+"""
+DEFINITIONS = """#include "lak_mutant.h"
+extern "C" {{
+__attribute__((visibility("default"))) int lak_active_mutant = -1;
+__attribute__((visibility("default"))) unsigned char lak_reached[{count}] = {{}};
+}}
+"""
 
-SUITE = Suite("cuda", MUTANTS, ("csrc",), build, KERNELS)
+
+def added_to(file: str, text: str) -> list[Site]:
+    """Where the faults of cuda_added.py are to be found in a file.
+
+    Raises:
+        ValueError: if the text of one does not occur there exactly once.
+    """
+    sites = []
+    for fault in ADDED:
+        if fault.file != file:
+            continue
+        where = fault.where or fault.old
+        if text.count(where) != 1 or where.count(fault.old) != 1:
+            raise ValueError(f"{fault.name}: expected its text once in {file}, got {text.count(where)} times")
+        begin = text.index(where) + where.index(fault.old)
+        sites.append(Site(begin, begin + len(fault.old), (Fault("added", fault.new),)))
+    return sites
+
+
+def changed_sources() -> tuple[dict[Path, str], list[Mutant]]:
+    """The files of csrc, those of the CUDA kernels with all their mutants, and these."""
+    mutants: list[Mutant] = []
+    texts: dict[Path, str] = {}
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if not path.is_file():
+            continue
+        relative = path.relative_to(ROOT / "csrc")
+        text = path.read_text()
+        if relative.parts[0] == "cuda" and path.suffix == ".h" and "ptx" not in relative.parts:
+            text, found = schemata(text, str(relative), len(mutants), added_to(str(relative), text))
+            if found:
+                head, rest = text.split("#pragma once\n", 1)
+                line = head.count("\n") + 2  # lines keep their numbers
+                text = f'{head}#pragma once\n#include "lak_mutant.h"\n#line {line}\n{rest}'
+                mutants += found
+        texts[relative] = text
+    texts[Path("cuda/lak_mutant.h")] = HEADER
+    texts[Path("cuda/lak_mutant.cu")] = DEFINITIONS.format(count=len(mutants))
+    return texts, mutants
+
+
+def all_mutants() -> list[Mutant]:
+    return changed_sources()[1]
+
+
+def write_sources() -> list[Mutant]:
+    """A copy of csrc with all mutants in it. What did not change keeps its time, so that it is not compiled again."""
+    texts, mutants = changed_sources()
+    for relative, text in texts.items():
+        emulator.write_if_changed(FOLDER / "csrc" / relative, text)
+    for path in (FOLDER / "csrc").rglob("*"):
+        if path.is_file() and path.relative_to(FOLDER / "csrc") not in texts:
+            path.unlink()
+    return mutants
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one test did without a fault."""
+
+    seconds: float
+    reached: bytes  # of each mutant whether
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: str  # killed, explained, survived, undecided, not reached
+    by: str = ""
+
+
+class Loop:
+    """A plugin of pytest: the tests are run for each mutant, in forked processes that share what was imported."""
+
+    def __init__(self, library: Path, mutants: list[Mutant], chosen: list[Mutant], seconds: float, jobs: int) -> None:
+        self.library, self.mutants, self.chosen = library, mutants, chosen
+        self.seconds, self.jobs = seconds, jobs
+        self.verdicts: dict[int, Verdict] = {}
+        self.kills: Counter[int] = Counter()
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        emulator.load_emulator()
+        loaded = ctypes.CDLL(str(self.library))
+        self.active = ctypes.c_int.in_dll(loaded, "lak_active_mutant")
+        self.reached = (ctypes.c_ubyte * len(self.mutants)).in_dll(loaded, "lak_reached")
+        self.items = session.items
+        key = hashlib.sha256(
+            self.library.read_bytes() + b"".join(Path(path).read_bytes() for path in TESTS)
+        ).hexdigest()
+        known = FOLDER / "runs.pickle"  # of the same kernels and tests
+        if known.exists() and (stored := pickle.loads(known.read_bytes()))[0] == key:
+            self.runs: list[Run] = stored[1]
+        else:
+            self.runs = self._without_faults()
+            known.write_bytes(pickle.dumps((key, self.runs)))
+        print(
+            f"\n{len(self.items)} tests, {sum(run.seconds for run in self.runs):.0f} s; {len(self.chosen)} mutants",
+            flush=True,
+        )
+        self._all_mutants()
+        return True
+
+    def _passes(self, at: int) -> bool:
+        from _pytest.runner import runtestprotocol
+
+        return not any(report.failed for report in runtestprotocol(self.items[at], log=False, nextitem=None))
+
+    def _without_faults(self) -> list[Run]:
+        def of_every_job(first: int) -> list[tuple[int, Run]]:
+            result = []
+            for at in range(first, len(self.items), self.jobs):
+                ctypes.memset(self.reached, 0, len(self.mutants))
+                begin = time.process_time()
+                if not self._passes(at):
+                    raise RuntimeError(f"{self.items[at].nodeid} fails without a fault")
+                result.append((at, Run(time.process_time() - begin, bytes(self.reached))))
+            return result
+
+        files = []
+        for job in range(self.jobs):
+            files.append(FOLDER / f"runs-{job}.pickle")
+            files[-1].unlink(missing_ok=True)
+            if os.fork() == 0:
+                try:
+                    files[-1].write_bytes(pickle.dumps(of_every_job(job)))
+                    os._exit(0)
+                except BaseException as error:
+                    print(error, file=sys.stderr, flush=True)
+                    os._exit(1)
+        if any(os.waitstatus_to_exitcode(os.wait()[1]) != 0 for _ in files):
+            raise RuntimeError("a test fails without a fault")
+        runs = dict(entry for file in files for entry in pickle.loads(file.read_bytes()))
+        return [runs[at] for at in range(len(self.items))]
+
+    def _all_mutants(self) -> None:
+        waiting = list(reversed(self.chosen))
+        running: dict[int, tuple[Mutant, Path]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                mutant = waiting.pop()
+                order = self._tests_of(mutant)
+                if mutant.name in EXPLAINED:
+                    self._note(mutant, Verdict("explained", EXPLAINED[mutant.name]))
+                    continue
+                if not order:
+                    self._note(mutant, Verdict("not reached"))
+                    continue
+                file = FOLDER / f"verdict-{mutant.number}"
+                file.unlink(missing_ok=True)
+                child = os.fork()
+                if child == 0:
+                    self._try(mutant, order, file)
+                running[child] = mutant, file
+            if not running:
+                continue
+            child, status = os.wait()
+            mutant, file = running.pop(child)
+            text = file.read_text().splitlines()
+            file.unlink()
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0:
+                self._note(mutant, Verdict("survived"))
+            elif code == 2:
+                self._note(mutant, Verdict("undecided", f"{text[-1]} left out"))
+            else:
+                by = int(text[-1])
+                self.kills[by] += 1
+                how = (
+                    "" if code == 1 else " (endless)" if -code == signal.SIGPROF else f" ({signal.Signals(-code).name})"
+                )
+                self._note(mutant, Verdict("killed", self.items[by].nodeid.split("/")[-1] + how))
+
+    def _tests_of(self, mutant: Mutant) -> list[int]:
+        """Those that reach it; first what is quick and has told much so far."""
+        able = [at for at, run in enumerate(self.runs) if run.reached[mutant.number]]
+        return sorted(able, key=lambda at: self.runs[at].seconds / (1 + self.kills[at]))
+
+    def _try(self, mutant: Mutant, order: list[int], file: Path) -> None:
+        """In a process of its own, which ends here: 0 survived, 1 killed, 2 tests left out."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        self.active.value = mutant.number
+        code, used, left_out = 0, 0.0, 0
+        for at in order:
+            used += self.runs[at].seconds
+            if used > self.seconds:
+                left_out += 1
+                continue
+            with file.open("a") as out:
+                print(at, file=out)
+            signal.setitimer(signal.ITIMER_PROF, 10 + 5 * self.runs[at].seconds)  # ends the process
+            if not self._passes(at):
+                os._exit(1)
+        if left_out:
+            code = 2
+            with file.open("a") as out:
+                print(f"{left_out} of {len(order)} tests", file=out)
+        os._exit(code)
+
+    def _note(self, mutant: Mutant, verdict: Verdict) -> None:
+        self.verdicts[mutant.number] = verdict
+        shown = verdict.outcome if verdict.outcome in ("killed", "explained") else verdict.outcome.upper()
+        print(f"{len(self.verdicts)}/{len(self.chosen)} {shown}: [{mutant.kind}] {mutant} {verdict.by}", flush=True)
+
+
+def choose(mutants: list[Mutant], only: str, kinds: str) -> list[Mutant]:
+    file, _, lines = only.partition(":")
+    first, _, last = lines.partition("-")
+    return [
+        mutant
+        for mutant in mutants
+        if (not file or mutant.file.endswith(file))
+        and (not lines or int(first) <= mutant.line <= int(last or first))
+        and (not kinds or mutant.kind in kinds.split(","))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Every mutant of the CUDA kernels.")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--kinds", default="")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", type=Path)
+    arguments = parser.parse_args()
+    mutants = write_sources()
+    library = emulator.build(FOLDER / "built", FOLDER / "csrc")
+    os.environ["LAK_EMULATOR"] = str(library)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    chosen = choose(mutants, arguments.only, arguments.kinds)
+    if arguments.again:
+        alive = {entry["name"] for entry in json.loads(arguments.again.read_text()) if entry["outcome"] != "killed"}
+        chosen = [mutant for mutant in chosen if mutant.name in alive]
+    loop = Loop(library, mutants, chosen, arguments.seconds, arguments.jobs)
+    code = pytest.main([*TESTS, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[loop])
+    if code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED) or len(loop.verdicts) != len(chosen):
+        return 1
+    entries = [
+        {"kind": mutant.kind, "mutant": str(mutant), "name": mutant.name, "outcome": verdict.outcome, "by": verdict.by}
+        for mutant in chosen
+        if (verdict := loop.verdicts[mutant.number])
+    ]
+    if arguments.output:
+        arguments.output.write_text(json.dumps(entries, indent=1) + "\n")
+    counts = Counter(entry["outcome"] for entry in entries)
+    survivors = len(entries) - counts["killed"] - counts["explained"]
+    print(f"{len(entries)} mutants: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
+    return min(1, survivors)
+
 
 if __name__ == "__main__":
-    sys.exit(min(1, run(SUITE, sys.argv[1:])))
+    sys.exit(main())

@@ -6,7 +6,7 @@ brackets of template arguments have none. What has to be constant when it is com
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Operators that bind more strongly have higher numbers.
@@ -268,15 +268,15 @@ class Source:
             yield self._site(first, last, Fault("sign", f"{left} + {right}"))
 
 
-def schemata(source: str, file: str, first_number: int) -> tuple[str, list[Mutant]]:
-    """The text with all its mutants, which asks `lak_mutant(number)` whether one is there, and the mutants.
+def schemata(source: str, file: str, first_number: int, added: Sequence[Site] = ()) -> tuple[str, list[Mutant]]:
+    """The text with all its mutants, and what is `added`, which asks `lak_mutant(number)` whether one is there; the mutants.
 
     Raises:
         ValueError: where the text is not understood.
     """
     merged: dict[tuple[int, int], tuple[Fault, ...]] = {}
     parsed = Source(source)
-    for site in parsed.sites():
+    for site in (*parsed.sites(), *added):
         merged[site.begin, site.end] = merged.get((site.begin, site.end), ()) + site.faults
     order = sorted(merged, key=lambda span: (span[0], -span[1]))
     mutants: list[Mutant] = []

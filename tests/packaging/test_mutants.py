@@ -3,22 +3,24 @@
 import re
 from pathlib import Path
 
-import pytest
-
-from tests.mutants import cpu, cuda, cuda_every
+from tests.mutants import cpu, cuda
+from tests.mutants.cuda_added import ADDED
 from tests.mutants.cuda_explained import EXPLAINED
-from tests.mutants.driver import Mutant
 from tests.mutants.schemata import schemata, without_comments
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mutants", [cpu.MUTANTS, cuda.MUTANTS], ids=["cpu", "cuda"])
-def test_each_text_occurs_once(mutants: list[Mutant]) -> None:
-    assert [m.name for m in mutants if (ROOT / m.file).read_text().count(m.old) != 1] == []
-    assert all(m.old != m.new for m in mutants)
-    names = [m.name for m in mutants]
+def test_each_text_occurs_once() -> None:
+    assert [m.name for m in cpu.MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1] == []
+    assert all(m.old != m.new for m in cpu.MUTANTS)
+    names = [m.name for m in cpu.MUTANTS]
     assert len(names) == len(set(names))
+
+
+def test_each_added_fault_of_cuda_is_among_the_mutants() -> None:
+    added = [mutant for mutant in cuda.all_mutants() if mutant.kind == "added"]
+    assert len(added) == len(ADDED) == len({(fault.file, fault.name) for fault in ADDED})
 
 
 KERNEL = """// A kernel: a < b in a comment is none.
@@ -69,7 +71,7 @@ def test_all_mutants_of_a_kernel() -> None:
 
 
 def test_every_barrier_and_every_copy_is_among_the_mutants_of_cuda() -> None:
-    mutants = cuda_every.all_mutants()
+    mutants = cuda.all_mutants()
     sources = [without_comments(path.read_text()) for path in (ROOT / "csrc/cuda/sm80").rglob("*.h")]
     for call, kind in (
         (r"__syncthreads\(|__syncthreads_or\(|__syncwarp\(", "barrier"),
@@ -82,5 +84,5 @@ def test_every_barrier_and_every_copy_is_among_the_mutants_of_cuda() -> None:
 
 
 def test_what_is_explained_is_a_mutant() -> None:
-    assert EXPLAINED.keys() - {mutant.name for mutant in cuda_every.all_mutants()} == set()
+    assert EXPLAINED.keys() - {mutant.name for mutant in cuda.all_mutants()} == set()
     assert all(EXPLAINED.values())
