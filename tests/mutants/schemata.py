@@ -6,6 +6,7 @@ brackets of template arguments have none. What has to be constant when it is com
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,11 +55,12 @@ class Mutant:
     kind: str
     original: str
     instead: str
+    again: int = 1  # how often the same text has occurred in the file by now
 
     @property
     def name(self) -> str:
-        """The same whatever else is in the file, but for a second one of the same text."""
-        return f"{self.file}: {self.original} -> {self.instead}"
+        """The same wherever in the file it is."""
+        return f"{self.file}: {self.original} -> {self.instead}" + (f" ({self.again})" if self.again > 1 else "")
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.original} -> {self.instead}"
@@ -113,8 +115,9 @@ class Source:
         for at, token in enumerate(self.tokens):
             if begins:
                 words = [self[at], self[at + 1], self[at + 2]]
-                template = words[0] == "template"
-                statement = words[0] != "if" and bool({"constexpr", "static_assert", "using"} & set(words))
+                words = words[: words.index("{")] if "{" in words else words
+                template = token.text == "template"
+                statement = token.text != "if" and bool({"constexpr", "static_assert", "using"} & set(words))
             begins = False
             result.append(stack[-1] or statement or template)
             if token.text == "{":
@@ -280,6 +283,7 @@ def schemata(source: str, file: str, first_number: int, added: Sequence[Site] = 
         merged[site.begin, site.end] = merged.get((site.begin, site.end), ()) + site.faults
     order = sorted(merged, key=lambda span: (span[0], -span[1]))
     mutants: list[Mutant] = []
+    seen: Counter[tuple[str, str]] = Counter()
 
     def text(begin: int, end: int, spans: list[tuple[int, int]]) -> str:
         result, at = "", begin
@@ -294,7 +298,9 @@ def schemata(source: str, file: str, first_number: int, added: Sequence[Site] = 
             original = " ".join(parsed.source[span[0] : span[1]].split())
             choices = ""
             for fault in merged[span]:
-                mutants.append(Mutant(first_number + len(mutants), file, line, fault.kind, original, fault.text))
+                seen[original, fault.text] += 1
+                again, number = seen[original, fault.text], first_number + len(mutants)
+                mutants.append(Mutant(number, file, line, fault.kind, original, fault.text, again))
                 choices += f"lak_mutant({mutants[-1].number}) ? ({fault.text}) : "
             result += source[at : span[0]] + f"({choices}({text(*span, inner)}))"
             at = span[1]

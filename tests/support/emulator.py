@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -24,8 +25,10 @@ REGISTERS_OF_NOBODY = {
 }
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
-    """Builds (what changed of) the module in `folder` and returns its path. `csrc`: where the sources of the kernels are.
+def build(folder: Path, csrc: Path = ROOT / "csrc", more: Sequence[Path] = ()) -> Path:
+    """Builds (what changed of) the module in `folder` and returns its path.
+
+    `csrc`: where the sources of the kernels are; `more`: C++ that is compiled along.
 
     Raises:
         RuntimeError: with the compiler's output.
@@ -34,7 +37,7 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     # The ops on CUDA tensors are in the module, too, under a name of their own and for tensors of the CPU.
     ops = [csrc / "cuda/op_cuda.cpp", csrc / "op/schema.cpp", HERE / "torch_stand_in.cpp"]
     sources = [*HERE.glob("*.cpp"), *HERE.glob("*.cu"), *(csrc / "cuda").glob("*.cu"),
-               *(csrc / "cuda/sm80").rglob("*.cu"), *ops[:2]]  # fmt: skip
+               *(csrc / "cuda/sm80").rglob("*.cu"), *ops[:2], *more]  # fmt: skip
     schemas = (ROOT / "llama_adapter_kernels/ops/schemas.txt").read_text()
     text = (csrc / "op/schemas_text.h.in").read_text().replace("@LAK_SCHEMAS@", schemas)
     write_if_changed(folder / "generated" / "op" / "schemas_text.h", text)
@@ -48,8 +51,8 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     flags = " ".join([*(f"-I{path}" for path in includes), *(f"-isystem {path}" for path in system)])
     module = folder / f"cuda_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     # -O1: half the compile time of -O2, and most of the run time is spent in machine.cpp and the matrix product.
-    # Registers that nobody wrote hold NaN in every 16 or 32 bits, so that nothing made of them is right by luck, not even times
-    # zero: g++ fills them with a pattern that is a number, in instructions that are easy to find.
+    # Registers that nobody wrote hold NaN in every 16 or 32 bits, so that nothing made of them is right by luck, not even
+    # times zero: g++ fills them with a pattern that is a number, in instructions that are easy to find.
     fill = " ".join(f"-e 's/{old}/{new}/'" for old, new in REGISTERS_OF_NOBODY.items())
     lines = [
         "flags = -std=c++20 -O1 -ftrivial-auto-var-init=pattern -fPIC -fvisibility=hidden -Wno-unknown-pragmas "
@@ -59,8 +62,8 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule compile_kernels",
-        f"  command = g++ $flags -MD -MF $out.d -MT $out -x c++ -S $in -o $out.s && sed -i {fill} $out.s && g++ -c $out.s -o $out"
-        " && rm $out.s",
+        "  command = g++ $flags -MD -MF $out.d -MT $out -x c++ -S $in -o $out.s "
+        f"&& sed -i {fill} $out.s && g++ -c $out.s -o $out && rm $out.s",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
