@@ -17,7 +17,7 @@ PRECEDENCE = {
 }  # fmt: skip
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 ASSIGNMENTS = ("=", "+=", "-=", "*=", "/=", "|=", "&=", "^=")
-CLIPS = ("lower", "higher", "fmaxf", "fminf")  # of two arguments either may be all that is left
+CLIPS = ("lower", "higher", "smaller", "larger", "fmaxf", "fminf")  # of two arguments either may be all that is left
 LEFT_OUT = ("__syncthreads", "__syncwarp", "set_zero", "commit_async_copies")
 TOKEN = re.compile(
     r"[A-Za-z_]\w*|\d[\w.]*(?:e[+-]?\d+f?)?|::|->|\+\+|--|\|\||&&|==|!=|<=|>=|[-+*/|&^]=|(?<= )<<(?= )|(?<= )>>(?= )|\S"

@@ -2,25 +2,23 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from tests.mutants import cpu, cuda
-from tests.mutants.cuda_added import ADDED
-from tests.mutants.cuda_explained import EXPLAINED
 from tests.mutants.schemata import schemata, without_comments
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_each_text_occurs_once() -> None:
-    assert [m.name for m in cpu.MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1] == []
-    assert all(m.old != m.new for m in cpu.MUTANTS)
-    names = [m.name for m in cpu.MUTANTS]
-    assert len(names) == len(set(names))
-
-
-def test_each_added_fault_of_cuda_is_among_the_mutants() -> None:
-    added = [mutant for mutant in cuda.changed_sources()[1] if mutant.kind == "added"]
-    assert len(added) == len(ADDED) == len({(fault.file, fault.name) for fault in ADDED})
+@pytest.mark.parametrize("kernels", [cpu, cuda], ids=["cpu", "cuda"])
+def test_what_is_added_and_what_is_explained(kernels: ModuleType) -> None:
+    mutants = kernels.changed_sources()[1]
+    added = [mutant for mutant in mutants if mutant.kind == "added"]
+    assert len(added) == len(kernels.ADDED) == len({(fault.file, fault.name) for fault in kernels.ADDED})
+    assert kernels.EXPLAINED.keys() - {mutant.name for mutant in mutants} == set()
+    assert all(kernels.EXPLAINED.values())
 
 
 KERNEL = """// A kernel: a < b in a comment is none.
@@ -81,8 +79,3 @@ def test_every_barrier_and_every_copy_is_among_the_mutants_of_cuda() -> None:
         calls = sum(len(re.findall(call, source)) for source in sources)
         places = {(mutant.file, mutant.line, mutant.original) for mutant in mutants if mutant.kind == kind}
         assert len(places) == calls > 20, kind
-
-
-def test_what_is_explained_is_a_mutant() -> None:
-    assert EXPLAINED.keys() - {mutant.name for mutant in cuda.changed_sources()[1]} == set()
-    assert all(EXPLAINED.values())
