@@ -114,14 +114,14 @@ __device__ __forceinline__ Window window_of(const ZeroGateParams& params, const 
   const int begin = offset_at(params.cu_seqlens_k, b, params.total_k),
             last = offset_at(params.cu_seqlens_k, b + 1, params.total_k);
   const int rows_after = params.is_causal != 0 ? offset_at(params.cu_seqlens_q, b + 1, params.total_q) - 1 - row : 0;
-  return {begin, higher(begin, rows_after < 0 ? begin : last - rows_after)};
+  return {begin, higher(begin, last - rows_after)};
 }
 
 // The queries [begin, end) among which are all that see one of the keys [first, first + count).
 __device__ __forceinline__ Window rows_seeing(const ZeroGateParams& params, const Sequence& s, int first, int count) {
   const int last = lower(first + count, s.key_end) - 1;
   if (last < higher(first, s.key_begin)) return {0, 0};
-  if (!is_token_tiled(params)) return {lower(higher(first - s.diagonal, 0), s.queries), s.queries};
+  if (!is_token_tiled(params)) return {higher(first - s.diagonal, 0), s.queries};
   if (params.batch == 0) return {0, 0};
   const int b = sequence_holding(params.cu_seqlens_k, params.batch, first);
   int begin = offset_at(params.cu_seqlens_q, b, params.total_q);
@@ -151,19 +151,14 @@ __device__ __forceinline__ Part whole_part(const Sequence& s) { return {{0, s.qu
 
 // The part of the sequence that holds the last query, or the last key, before `end`.
 __device__ __forceinline__ Part part_of_queries(const ZeroGateParams& params, const Sequence& s, int end) {
-  const int last = higher(lower(end, s.queries) - 1, 0), b = sequence_holding(params.cu_seqlens_q, params.batch, last);
+  const int last = end - 1, b = sequence_holding(params.cu_seqlens_q, params.batch, last);
   const Window keys{offset_at(params.cu_seqlens_k, b, params.total_k), offset_at(params.cu_seqlens_k, b + 1, params.total_k)};
   return {{0, s.queries}, keys, end, lower(offset_at(params.cu_seqlens_q, b, params.total_q), last)};
 }
 __device__ __forceinline__ Part part_of_keys(const ZeroGateParams& params, const Sequence& s, int end) {
-  const int last = higher(lower(end, s.keys) - 1, 0), b = sequence_holding(params.cu_seqlens_k, params.batch, last);
+  const int last = end - 1, b = sequence_holding(params.cu_seqlens_k, params.batch, last);
   const Window rows{offset_at(params.cu_seqlens_q, b, params.total_q), offset_at(params.cu_seqlens_q, b + 1, params.total_q)};
   return {rows, {s.key_begin, s.key_end}, end, lower(offset_at(params.cu_seqlens_k, b, params.total_k), last)};
-}
-
-// One past the last key that some query up to `last_query` sees.
-__device__ __forceinline__ int visible_end(const Sequence& s, int last_query) {
-  return lower(s.key_end, last_query + s.diagonal + 1);
 }
 
 template <class T>

@@ -135,3 +135,44 @@ def test_no_block_more_than_there_are_tiles(emulator: ModuleType) -> None:
             "decode_kernel": (2 * 2, 0),
             "combine_kernel": (8, 0),
         }  # 2 tiles of 16 rows, 2 splits
+
+
+def test_blocks_of_what_is_asked_for(emulator: ModuleType) -> None:
+    """No launch for gradients that nobody wants, no block for rows or keys beyond a sequence's end that does anything."""
+    case = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=130, seq_k=70, prefix_length=33)
+    run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
+    run.forward()
+    prefix = {
+        "backward_rows_kernel": (9, 0),  # a launch for each 16 slots
+        "backward_sums_kernel": ((33 * 64 + 1 + 127) // 128, 0),
+    }
+    emulator.blocks()
+    for needs, expected in {
+        (False, False, False): {},
+        (False, False, True): prefix,
+        (True, False, True): prefix | {"backward_words_kernel": (3, 0)},
+        (False, True, True): prefix | {"backward_words_kernel": (2, 0)},
+        (True, True, True): prefix | {"backward_words_kernel": (3, 0)},
+        (True, False, False): {"backward_rows_kernel": (9, 0), "backward_words_kernel": (3, 0)},
+    }.items():
+        for name in ("dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dgate"):
+            run.params.pop(name, None)
+        run.backward(*needs)
+        assert emulator.blocks() == expected, needs
+
+    # Sequence by sequence, and the second has 768 keys more: blocks of the first beyond its end are idle.
+    packed = Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((128, 128), (64, 896)), prefix="table")
+    run = EmulatedProblem(emulator, make_problem(packed, torch.bfloat16))
+    run.forward()
+    run.backward(need_dprefix=False)
+    blocks = emulator.blocks()
+    assert blocks["forward_kernel"] == (2, 0)
+    assert blocks["backward_keys_kernel"] == (14, 6)
+    assert blocks["convert_dquery_kernel"] == (4, 1)
+    packed = Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((128, 128), (64, 64), (200, 200)), prefix="table")
+    run = EmulatedProblem(emulator, make_problem(packed, torch.bfloat16))
+    run.forward()
+    run.backward(need_dprefix=False)
+    blocks = emulator.blocks()
+    assert blocks["forward_kernel"] == (6, 2)
+    assert blocks["backward_words_kernel"][0] == 12

@@ -183,6 +183,11 @@ def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
     assert (logsumexp == -torch.inf).all()
     for name, result in {"output": output, **run.backward()}.items():
         assert (result == 0).all(), name
+    # An offset that lies says where those tokens begin that are nobody's; nothing is read beside it.
+    problem.arguments |= {"cu_seqlens_q": int32(9), "cu_seqlens_k": int32(9)}
+    run = EmulatedProblem(emulator, problem)
+    run.params["batch"] = 0
+    run.forward(), run.backward()
 
 
 WILD_OFFSETS = [(-5, 17), (0, 2**31 - 1), (9, 3), (3, -(2**31)), (2**30, 2**30 + 4), (17, 40)]

@@ -3,6 +3,7 @@
 import ctypes
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -112,3 +113,30 @@ def test_a_device_without_code_is_told_what_is_built() -> None:
     assert text.endswith("compute capability 80 86 89 90")
     assert "\n" not in text
     assert library.lak_cuda_error(1000 + 2).decode() == "out of memory"  # cudaErrorMemoryAllocation
+
+
+FAILING = {  # of each pass the case, and how many launches it takes
+    "forward": (SMALL, 1),
+    "forward, packed": (replace(SMALL, lengths=((3, 3), (4, 4)), prefix="table"), 2),
+    "backward": (replace(SMALL, prefix_length=33), 5),
+    "backward, packed": (replace(SMALL, lengths=((3, 3), (4, 4)), prefix="table"), 4),
+    "backward, long": (replace(SMALL, seq_k=800), 4),
+    "decode": (replace(SMALL, seq_k=600), 2),
+}
+
+
+@pytest.mark.parametrize("name", list(FAILING))
+def test_a_launch_that_fails(emulator: ModuleType, device: Callable[..., None], name: str) -> None:
+    """Whichever of them it is: the pass ends there, with its error."""
+    case, launches = FAILING[name]
+    run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))  # type: ignore[arg-type]
+    run.forward()
+    function = getattr(run, name.split(",")[0])
+    for working in range(launches):
+        device(launches=working)
+        emulator.blocks()
+        with pytest.raises(AssertionError, match="memory does not suffice"):
+            function()
+        assert len(emulator.blocks()) <= working
+    device(launches=launches)
+    function()

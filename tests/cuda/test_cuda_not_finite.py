@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_adapter_kernels.testing import Problem, make_problem
 from tests.cuda.test_cuda_edges import SMALL, everything, int32
+from tests.support.emulated import EmulatedProblem
 
 LENGTHS = ((40, 40), (30, 30), (3, 3), (75, 75), (10, 10))
 BAD = 3  # crosses a tile of keys and one of rows, and has neighbours in both
@@ -53,6 +54,26 @@ def test_a_sequence_keeps_it_to_itself(
         torch.testing.assert_close(result, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
     assert any(not results[name][ROWS].isfinite().all() for name in bad), "else this test shows nothing"
     torch.testing.assert_close(neighbours(results["logsumexp"].T), neighbours(clean["logsumexp"].T))
+
+
+def test_a_tile_is_computed_again_once_for_each_of_its_sequences(emulator: ModuleType) -> None:
+    """Three of them in one tile of queries and one of keys: three passes more, not one for each row."""
+    problem = make_problem(
+        replace(SMALL, heads_q=1, heads_kv=1, lengths=((20, 20), (17, 17), (19, 19))), torch.bfloat16
+    )
+    counts = []
+    for value in (1.0, torch.nan):
+        tensor = problem.tensors["value"]
+        assert tensor is not None
+        tensor.data[25] = value
+        for function in ("forward", "backward"):
+            run = EmulatedProblem(emulator, problem)
+            run.forward()
+            emulator.counts()
+            getattr(run, function)()
+            counts.append(emulator.counts()["mma"])
+    assert 1 < counts[2] / counts[0] <= 4
+    assert 1 < counts[3] / counts[1] <= 5, "nor is a pair carried on then, which is one more"
 
 
 def test_rows_that_see_few_keys(emulator: ModuleType) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama_adapter_kernels.testing import Case, make_problem
+from tests.cuda.test_cuda_edges import int32
 from tests.support.emulated import EmulatedProblem
 
 FEW_KEYS = 16  # rows that see no more take their statistics from the keys again
@@ -33,14 +34,15 @@ class Visible:
         return (min(rows), max(rows) + 1) if rows else (0, 0)
 
 
-def visible(case: Case, mask: torch.Tensor | None) -> Visible:
+def visible(case: Case, mask: torch.Tensor | None, window: tuple[int, int] | None) -> Visible:
     lengths = case.lengths or ((case.seq_q, case.seq_k),)
     windows: Rows = []
     first = 0
     for queries, keys in lengths:
+        begin, end = window or (0, keys)
         for row in range(queries):
-            last = first + (row + keys - queries + 1 if case.is_causal else keys)
-            windows.append(list(range(first, max(first, last))))
+            last = first + (row + end - queries + 1 if case.is_causal else end)
+            windows.append(list(range(first + begin, max(first + begin, last))))
         first += keys
     allowed = [
         window if mask is None else [key for key in window if mask[row, key]] for row, window in enumerate(windows)
@@ -52,7 +54,7 @@ def tiles(begin: int, end: int, size: int) -> range:
     return range(begin // size, (end + size - 1) // size) if end > begin else range(0)
 
 
-def of_forward(seen: Visible, small: bool) -> int:
+def of_forward(seen: Visible, small: bool, slot_tiles: int) -> int:
     """Blocks of four warps, of 32 rows each (with a mask of 16); tiles of 64 keys from the first that the block sees."""
     rows_of_warp = 16 if small else 32
     per_warp = rows_of_warp // 16
@@ -64,16 +66,20 @@ def of_forward(seen: Visible, small: bool) -> int:
             low, high = seen.hull(range(first_row, first_row + rows_of_warp))
             steps = sum(at < high and at + 64 > low for at in range(begin, end, 64))
             count += steps * per_warp * (8 * 4 + 8 * 4)  # Q K^T, P V
-            count += per_warp * (2 * 4 + 8)  # the same of the prefix
+            scores = 1 if slot_tiles == 1 else 2 * slot_tiles  # for their maximum, and again for their weights
+            count += per_warp * (scores * 2 * 4 + slot_tiles * 8)  # the same of the prefix
     return count
 
 
-def of_rows(seen: Visible) -> int:
+def of_rows(seen: Visible, slot_tiles: int) -> int:
     """Tiles of 64 rows, 16 a warp: the prefix, and the words of rows that see few keys."""
     count = 0
     for first in range(0, (len(seen.windows) + 63) // 64 * 64, 16):
-        count += 2 * 2 * 4  # Q Kp^T, dO Vp^T
-        count += 2 * 4 * 2  # a quarter of the columns of gate P_p^T dO and dS_p^T Q over the 64 rows
+        scores = (
+            1 if slot_tiles == 1 else 2 * slot_tiles
+        )  # all tiles of slots for the statistics, each again in its launch
+        count += scores * 2 * 2 * 4  # Q Kp^T, dO Vp^T
+        count += slot_tiles * 2 * 4 * 2  # a quarter of the columns of gate P_p^T dO and dS_p^T Q over the 64 rows
         rows = range(first, min(first + 16, len(seen.windows)))
         few = [row for row in rows if 0 < len(seen.unmasked[row]) <= FEW_KEYS]
         keys = [key for row in few for key in seen.windows[row]]
@@ -85,7 +91,7 @@ def of_rows(seen: Visible) -> int:
     return count
 
 
-def of_words(seen: Visible, group: int) -> int:
+def of_words(seen: Visible, group: int, slot_tiles: int) -> int:
     """Tiles of 64 queries and the same 64 keys, for each query head of one kv head."""
     count = 0
     product = 4 * 8 * 4
@@ -96,7 +102,7 @@ def of_words(seen: Visible, group: int) -> int:
         rows = tiles(*seen.rows_seeing(own), 64)
         carried = group == 1 and tile in keys and tile in rows
         count += group * len(keys) * 3 * product  # Q K^T, dO V^T, dS K
-        count += group * has_queries * 4 * 8  # dS_p Kp
+        count += group * has_queries * slot_tiles * 4 * 8  # dS_p Kp
         count += group * len(rows) * 4 * product - carried * 2 * product  # Q K^T, dO V^T, dS^T Q, P^T dO
     return count
 
@@ -110,6 +116,11 @@ CASES = {
     "packed": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (1, 1), (130, 130), (60, 60), (64, 64))),
     "packed, a group": Case(heads_q=2, heads_kv=1, head_dim=64, lengths=((5, 5), (100, 100), (30, 30))),
     "packed, not causal": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (90, 90)), is_causal=False),
+    "packed, other keys": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((3, 70), (64, 64), (0, 9), (20, 90))),
+    "packed, a sequence without queries": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((83, 83), (0, 64), (5, 5))),
+    "whole tiles": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=128, seq_k=128),
+    "window": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=400, window="both"),
+    "long prefix": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=70, prefix_length=33),
     "mask": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=100, seq_k=100, mask="bool"),
 }  # fmt: skip
 
@@ -118,21 +129,26 @@ CASES = {
 def test_matrix_instructions(emulator: ModuleType, name: str) -> None:
     case = CASES[name]
     problem = make_problem(case, torch.bfloat16)
-    mask = None
+    mask, window = None, None
     if case.mask == "bool":
         # Of every seventh row 16 keys are left, of the row after it 17, of others all; the last row sees a single one.
         mask = torch.ones(case.seq_q, case.seq_k, dtype=torch.bool)
-        mask[::7, 16:] = False
-        mask[1::7, 17:] = False
+        mask[:64:7, 16:] = False
+        mask[1:64:7, 17:] = False
+        mask[72, 10:50] = False  # more than a few in the end, alone among the rows of its warp
+        mask[80 + 3, 10:60] = False
         mask[-1] = False
         mask[-1, 3] = True
         problem.arguments["attn_mask"] = mask
-    seen = visible(case, mask)
+    if case.window == "both":
+        window = (70, 300)
+        problem.arguments |= {"key_start": int32(window[0]), "key_end": int32(window[1])}
+    seen = visible(case, mask, window)
+    slot_tiles = (case.prefix_length + 15) // 16
     run = EmulatedProblem(emulator, problem)
     emulator.counts()
     run.forward()
-    assert emulator.counts()["mma"] == case.heads_q * of_forward(seen, small=mask is not None)
+    assert emulator.counts()["mma"] == case.heads_q * of_forward(seen, mask is not None, slot_tiles)
     run.backward()
-    assert emulator.counts()["mma"] == case.heads_q * of_rows(seen) + case.heads_kv * of_words(
-        seen, case.heads_q // case.heads_kv
-    )
+    rows, words = of_rows(seen, slot_tiles), of_words(seen, case.heads_q // case.heads_kv, slot_tiles)
+    assert emulator.counts()["mma"] == case.heads_q * rows + case.heads_kv * words

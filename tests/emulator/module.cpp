@@ -109,11 +109,11 @@ PYBIND11_MODULE(cuda_emulator, m) {
   m.def("count_banks", &emulator::count_banks,
         "Whether counts() has wavefronts and bank_conflicts of shared memory, which takes time.");
   m.def("set_device",
-        [](int capability, int driver_error, int code_error, int of_tensors, bool torch_works) {
-    emulator::device() = {capability, static_cast<cudaError_t>(driver_error), static_cast<cudaError_t>(code_error), of_tensors,
-                          torch_works ? nullptr : "torch has no stream"};
+        [](int capability, int driver_error, int code_error, int of_tensors, bool torch_works, int launches) {
+    emulator::device() = {capability, static_cast<cudaError_t>(driver_error),        static_cast<cudaError_t>(code_error),
+                          of_tensors, torch_works ? nullptr : "torch has no stream", launches};
   }, py::arg("capability") = 90, py::arg("driver_error") = 0, py::arg("code_error") = 0, py::arg("of_tensors") = 0,
-        py::arg("torch_works") = true);
+        py::arg("torch_works") = true, py::arg("launches") = -1);
   m.def("last_launch", [] {  // (current device then, stream, current device now)
     const auto& device = emulator::device();
     return std::tuple(device.launched_on, reinterpret_cast<intptr_t>(device.launched_with), device.current);

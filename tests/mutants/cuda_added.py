@@ -13,7 +13,7 @@ ADDED = [
              ("the last query that sees a key of a tile", "last", "first", "params.batch, last) + 1"),
              ("an entry outside of the prefix table is no prefix", "entry < -1 || entry >= params.prefix_count", "false"),
              ("the gate of a bad prefix is a number", "std::numeric_limits<float>::quiet_NaN()", "0.0f"),
-             ("a part begins with the next sequence", "lower(end, s.queries) - 1", "lower(end, s.queries) - 2")),
+             ("a part begins with the next sequence", "end - 1", "end - 2", "const int last = end - 1, b = sequence_holding(params.cu_seqlens_q")),
     *added_in("cuda/sm80/forward.h",
              ("tiles that end after a window", "at + Tiles::kKeys <= first.end", "at + Tiles::kKeys <= last.end"),
              ("gate's sign", "gate / softmax[m].total[half]", "-gate / softmax[m].total[half]"),

@@ -158,10 +158,16 @@ class Loop:
                 self._note(mutant, Verdict("killed", self.items[by].nodeid.split("/")[-1] + how))
 
     def _tests_of(self, mutant: Mutant) -> list[int]:
-        """Those that reach it; first what is quick and has told much so far."""
+        """Those that reach it: first what is quick, has told much so far, and is not the same function again."""
         able = [at for at, run in enumerate(self.runs) if run.reached[mutant.number]]
-        rank = {at: any(name in self.items[at].nodeid for name in self.first) for at in able}
-        return sorted(able, key=lambda at: (not rank[at], self.runs[at].seconds / (1 + self.kills[at])))
+        of_function: Counter[str] = Counter()
+        cost = {}
+        for at in sorted(able, key=lambda at: self.runs[at].seconds):
+            function = self.items[at].nodeid.split("[")[0]
+            of_function[function] += 1
+            first = any(name in self.items[at].nodeid for name in self.first)
+            cost[at] = (not first, self.runs[at].seconds * of_function[function] / (1 + self.kills[at]))
+        return sorted(able, key=cost.__getitem__)
 
     def _try(self, mutant: Mutant, order: list[int], file: Path) -> None:
         """In a process of its own, which ends here: 0 survived, 1 killed, 2 tests left out."""

@@ -234,12 +234,12 @@ __device__ __forceinline__ void add_over_queries(const PairCopies<T, kHeadDim, T
     Step next{step.head, step.tile + 1};
     if (next.tile == carried_tile) ++next.tile;
     const Window range = tiles();
-    if (next.tile >= range.end && carried_tile < 0) next = {step.head + 1, range.begin};
+    if (next.tile >= range.end) next = {step.head + 1, range.begin};
     return next;
   };
   const auto is_step = [&](const Step& step) { return step.tile < tiles().end && step.head < (copies.head_kv + 1) * group; };
   const auto is_carried = [&](const Step& step) { return step.tile < tiles().begin; };
-  const auto row_of = [&](const Step& step) { return (is_carried(step) ? carried_tile : step.tile) * Tiles::kRows; };
+  const auto row_of = [](const Step& step) { return step.tile * Tiles::kRows; };  // not of the carried one, which is there
   const auto copy_query = [&](const Step& step) {
     copies.query(step.head, row_of(step));
     copies.statistics(workspace, step.head, row_of(step));

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     ptx::commit_async_copies();
   };
   if (slots > 0) copy_prefix(slot);
-  if (first_tile < end_tile) copy_tile(first_tile, 0);
+  copy_tile(first_tile, 0);
 
   float dprefix_key[1][kColumns / 8][4], dprefix_value[1][kColumns / 8][4], dgate = 0.0f;
   set_zero(dprefix_key);

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps<T, kHeadDim>, 1)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_tile * kDecodeRows + lane / 4 + 8 * half;
-      const int end = row < rows ? visible_end(s, row / group) : 0;
+      const int end = row < rows ? row / group + s.diagonal + 1 : 0;
       float tile_max = largest[half];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
