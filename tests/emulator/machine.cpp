@@ -271,6 +271,7 @@ void Block::collective(const char* instruction, uint32_t mask, void* arguments, 
     wait(instruction, where);
     return;
   }
+  ++current_counts.collectives;
   execute(meeting.arguments);
   meeting.arrived = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
@@ -407,6 +408,7 @@ void Block::note_write(uint32_t address, uint32_t bytes, Where where) {
 }
 
 void Block::read_shared(uint32_t address, void* target, uint32_t bytes, Where where) {
+  ++current_counts.shared_accesses;
   const uint8_t* data = shared(address, bytes, "read", where);
   note_read(address, bytes, where);
   note_banks(address, bytes, where);
@@ -414,6 +416,7 @@ void Block::read_shared(uint32_t address, void* target, uint32_t bytes, Where wh
 }
 
 void Block::write_shared(uint32_t address, const void* source, uint32_t bytes, Where where) {
+  ++current_counts.shared_accesses;
   uint8_t* data = shared(address, bytes, "write", where);
   note_write(address, bytes, where);
   note_banks(address, bytes, where);

@@ -199,6 +199,7 @@ std::map<std::string, Blocks> take_blocks();
 // ---- statistics of the launches since the last call, for the predicted costs of a kernel ----
 struct Counts {
   uint64_t mma = 0, ldmatrix = 0, cp_async = 0, barriers = 0;
+  uint64_t shared_accesses = 0, collectives = 0;  // of threads; of warps: shuffles, votes, __syncwarp
   uint64_t reductions = 0, reduction_sectors = 0;  // of threads; 32-byte sectors that the instructions of warps touch
   // Of shared memory, while count_banks is on: a warp's access takes one wavefront for 128 bytes, more where lanes meet in a bank.
   uint64_t wavefronts = 0, bank_conflicts = 0;  // all; those beyond the least number

@@ -99,6 +99,8 @@ PYBIND11_MODULE(cuda_emulator, m) {
                                                  {"ldmatrix", c.ldmatrix},
                                                  {"cp_async", c.cp_async},
                                                  {"barriers", c.barriers},
+                                                 {"shared_accesses", c.shared_accesses},
+                                                 {"collectives", c.collectives},
                                                  {"reductions", c.reductions},
                                                  {"reduction_sectors", c.reduction_sectors},
                                                  {"wavefronts", c.wavefronts},

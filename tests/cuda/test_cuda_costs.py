@@ -1,18 +1,18 @@
-"""How many matrix instructions the CUDA kernels execute, against a count of the tiles that have something to see.
+"""What the CUDA kernels execute: as much as recorded, and of matrix instructions as many as tiles have something to see.
 
-A tile too many costs time and changes no result, so that no other test would notice. bfloat16 with 64 columns: a product of
-16 x 8 x 16 is one instruction.
+What is done in vain costs time and changes no result, so that no other test would notice. A matrix instruction is a product
+of 16 x 8 x 16.
 """
 
+import json
 from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 import torch
 
-from llama_adapter_kernels.testing import Case, make_problem
-from tests.cuda.test_cuda_edges import int32
-from tests.support.emulated import EmulatedProblem
+from llama_adapter_kernels.testing import Case
+from tests.support.cuda_costs import DECODE, HALF, OTHERS, RECORD, WINDOW, costs_of, mask_of
 
 FEW_KEYS = 16  # rows that see no more take their statistics from the keys again
 Rows = list[list[int]]  # of each row the keys that its window has, in order
@@ -107,48 +107,17 @@ def of_words(seen: Visible, group: int, slot_tiles: int) -> int:
     return count
 
 
-CASES = {
-    "dense": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=200, seq_k=200),
-    "dense, more keys": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=300),
-    "dense, more queries": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=300, seq_k=70),
-    "not causal": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=130, is_causal=False),
-    "a group": Case(batch=1, heads_q=3, heads_kv=1, head_dim=64, seq_q=130, seq_k=130),
-    "packed": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (1, 1), (130, 130), (60, 60), (64, 64))),
-    "packed, a group": Case(heads_q=2, heads_kv=1, head_dim=64, lengths=((5, 5), (100, 100), (30, 30))),
-    "packed, not causal": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((70, 70), (90, 90)), is_causal=False),
-    "packed, other keys": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((3, 70), (64, 64), (0, 9), (20, 90))),
-    "packed, a sequence without queries": Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((83, 83), (0, 64), (5, 5))),
-    "whole tiles": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=128, seq_k=128),
-    "window": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=400, window="both"),
-    "long prefix": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=70, seq_k=70, prefix_length=33),
-    "mask": Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=100, seq_k=100, mask="bool"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_matrix_instructions(emulator: ModuleType, name: str) -> None:
-    case = CASES[name]
-    problem = make_problem(case, torch.bfloat16)
-    mask, window = None, None
-    if case.mask == "bool":
-        # Of every seventh row 16 keys are left, of the row after it 17, of others all; the last row sees a single one.
-        mask = torch.ones(case.seq_q, case.seq_k, dtype=torch.bool)
-        mask[:64:7, 16:] = False
-        mask[1:64:7, 17:] = False
-        mask[72, 10:50] = False  # more than a few in the end, alone among the rows of its warp
-        mask[80 + 3, 10:60] = False
-        mask[-1] = False
-        mask[-1, 3] = True
-        problem.arguments["attn_mask"] = mask
-    if case.window == "both":
-        window = (70, 300)
-        problem.arguments |= {"key_start": int32(window[0]), "key_end": int32(window[1])}
-    seen = visible(case, mask, window)
+@pytest.mark.parametrize("name", [*HALF, *OTHERS, *DECODE])
+def test_what_a_problem_costs(emulator: ModuleType, name: str) -> None:
+    """As recorded: who changes it on purpose records it anew with python -m tests.support.cuda_costs."""
+    costs = costs_of(emulator, name)
+    assert costs == json.loads(RECORD.read_text())[name]
+    if name not in HALF:
+        return
+    case = HALF[name]
+    mask = mask_of(case) if case.mask == "bool" else None
+    seen = visible(case, mask, WINDOW if case.window == "both" else None)
     slot_tiles = (case.prefix_length + 15) // 16
-    run = EmulatedProblem(emulator, problem)
-    emulator.counts()
-    run.forward()
-    assert emulator.counts()["mma"] == case.heads_q * of_forward(seen, mask is not None, slot_tiles)
-    run.backward()
+    assert costs["forward"]["mma"] == case.heads_q * of_forward(seen, mask is not None, slot_tiles)
     rows, words = of_rows(seen, slot_tiles), of_words(seen, case.heads_q // case.heads_kv, slot_tiles)
-    assert emulator.counts()["mma"] == case.heads_q * rows + case.heads_kv * words
+    assert costs["backward"]["mma"] == case.heads_q * rows + case.heads_kv * words
