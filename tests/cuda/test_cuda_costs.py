@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_adapter_kernels.testing import Case
-from tests.support.cuda_costs import DECODE, HALF, OTHERS, RECORD, WINDOW, costs_of, mask_of
+from tests.support.cuda_costs import DECODE, HALF, OTHERS, RECORD, WINDOW, costs_of, costs_of_dquery_alone, mask_of
 
 FEW_KEYS = 16  # rows that see no more take their statistics from the keys again
 Rows = list[list[int]]  # of each row the keys that its window has, in order
@@ -121,3 +121,7 @@ def test_what_a_problem_costs(emulator: ModuleType, name: str) -> None:
     assert costs["forward"]["mma"] == case.heads_q * of_forward(seen, mask is not None, slot_tiles)
     rows, words = of_rows(seen, slot_tiles), of_words(seen, case.heads_q // case.heads_kv, slot_tiles)
     assert costs["backward"]["mma"] == case.heads_q * rows + case.heads_kv * words
+
+
+def test_what_one_gradient_costs(emulator: ModuleType) -> None:
+    assert costs_of_dquery_alone(emulator) == json.loads(RECORD.read_text())["dQ alone"]

@@ -223,6 +223,20 @@ def test_backward_without_a_query(emulator: ModuleType) -> None:
         assert (results[name] == 0).all(), name
 
 
+def test_a_prefix_that_nobody_uses_may_be_nan(emulator: ModuleType) -> None:
+    """Its sequence has no query: its gradients are zero, and nobody else's are NaN."""
+    problem = make_problem(replace(SMALL, lengths=((5, 5), (0, 3)), prefix="sequence", gate="prefix"), torch.bfloat16)
+    for name in ("prefix_key", "prefix_value"):
+        tensor = problem.tensors[name]
+        assert tensor is not None
+        tensor.data[1] = torch.nan
+    for name, result in everything(emulator, problem).items():
+        assert not result.isnan().any(), name
+        if "prefix" in name or name == "dgate":
+            assert (result[1] == 0).all(), name
+            assert (result[0] != 0).any(), name
+
+
 @pytest.mark.parametrize("prefix", ["shared", "table"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tail_of_packed_rows_is_zero(emulator: ModuleType, dtype: torch.dtype, prefix: str) -> None:

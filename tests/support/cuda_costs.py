@@ -35,6 +35,7 @@ HALF = {
     "packed, other keys": replace(ONE, lengths=((3, 70), (64, 64), (0, 9), (20, 90))),
     "packed, a sequence without queries": replace(ONE, lengths=((83, 83), (0, 64), (5, 5))),
 }
+NOT_FINITE = "packed, not finite"
 OTHERS = {
     "no prefix": (replace(ONE, seq_q=70, seq_k=70, prefix="none"), torch.bfloat16),
     "packed, table": (replace(ONE, lengths=((70, 70), (5, 5)), prefix="table"), torch.bfloat16),
@@ -43,7 +44,11 @@ OTHERS = {
     "128 columns": (replace(ONE, seq_q=130, seq_k=130, head_dim=128), torch.float16),
     "256 columns": (replace(ONE, seq_q=40, seq_k=40, head_dim=256, prefix_length=17), torch.bfloat16),
     "float32": (replace(ONE, seq_q=70, seq_k=70, prefix_length=17), torch.float32),
-    "float32, 256 columns": (replace(ONE, seq_q=33, seq_k=33, head_dim=256), torch.float32),
+    "float32, 256 columns": (replace(ONE, seq_q=33, seq_k=33, head_dim=256, prefix_length=17), torch.float32),
+    "float32, no keys": (replace(ONE, seq_q=20, seq_k=0, is_causal=False), torch.float32),
+    "no keys": (replace(ONE, seq_q=20, seq_k=0, is_causal=False), torch.bfloat16),
+    NOT_FINITE: (replace(ONE, lengths=((20, 20), (17, 17), (19, 19))), torch.bfloat16),
+    "packed, some without a prefix": (replace(ONE, batch=3, seq_q=9, seq_k=9, prefix="table"), torch.bfloat16),
     "float32, packed": (replace(ONE, heads_q=2, lengths=((70, 70), (5, 5))), torch.float32),
 }
 DECODE = {
@@ -70,6 +75,8 @@ def problem_of(name: str) -> Problem:
     problem = make_problem(case, dtype)
     if case.mask == "bool":
         problem.arguments["attn_mask"] = mask_of(case)
+    if name == NOT_FINITE and (value := problem.tensors["value"]) is not None:
+        value.data[25] = torch.nan
     if case.window == "both":
         limits = (torch.tensor([limit], dtype=torch.int32) for limit in WINDOW)
         problem.arguments |= dict(zip(("key_start", "key_end"), limits, strict=True))
@@ -89,9 +96,18 @@ def costs_of(emulator: ModuleType, name: str) -> dict[str, dict[str, int]]:
     return result
 
 
+def costs_of_dquery_alone(emulator: ModuleType) -> dict[str, int]:
+    run = EmulatedProblem(emulator, problem_of("dense"))
+    run.forward()
+    emulator.counts()
+    run.backward(need_dkey_dvalue=False, need_dprefix=False)
+    return dict(emulator.counts())
+
+
 def main() -> None:
     emulator = load_emulator()
-    record = {name: costs_of(emulator, name) for name in (*HALF, *OTHERS, *DECODE)}
+    record: dict[str, object] = {name: costs_of(emulator, name) for name in (*HALF, *OTHERS, *DECODE)}
+    record["dQ alone"] = costs_of_dquery_alone(emulator)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 

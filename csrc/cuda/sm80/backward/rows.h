@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
       for (int half = 0; half < 2; ++half) {
         const bool any_key = logsumexp[half] != -kInfinity, fits = fabsf(delta[half]) < kInfinity;
         const bool coarse = fabsf(logsumexp[half]) > kCoarseLogsumexp<T>;
-        from_keys[half] = there[half] && any_key && !s.bad_prefix && (few[half] || coarse || !fits);
+        from_keys[half] = any_key && !s.bad_prefix && (few[half] || coarse || !fits);
       }
       RunningSoftmax softmax;
       if (__any_sync(kAllLanes, from_keys[0] || from_keys[1])) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
         }
         ptx::store_global(workspace.shift + statistics + 8 * half, word_shift);
         if (!kIsHalf<T>) ptx::store_global(workspace.rest + statistics + 8 * half, word_rest);
-        ptx::store_global(workspace.delta + statistics + 8 * half, there[half] ? delta[half] : 0.0f);
+        ptx::store_global(workspace.delta + statistics + 8 * half, delta[half]);
       }
       if (adds_dquery<T, kHeadDim>(params)) {
         float* sums = workspace.dquery_fragment(b, head, first_row + warp_row, 0);
@@ -259,14 +259,14 @@ __global__ void __launch_bounds__(kThreads, (kIsTuned<T, kHeadDim> ? 2 : 1))
     if (slots > slot) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (there[half] && lane % 4 == 0 && slot_tile == 0) dgate += prefix_delta[half];
-        const float part = there[half] ? gate / rest[half] : 0.0f;
+        if (there[half] && lane % 4 == 0) dgate += prefix_delta[half];
+        const float part = gate / rest[half];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
             c[0][n][e] = there[half] ? ptx::exp2_fast((c[0][n][e] - shift[half]) * factor) * part : 0.0f;
-            d[0][n][e] = c[0][n][e] * (d[0][n][e] - prefix_delta[half]);
+            d[0][n][e] = there[half] ? c[0][n][e] * (d[0][n][e] - prefix_delta[half]) : 0.0f;
           }
         }
       }

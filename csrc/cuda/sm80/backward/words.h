@@ -186,7 +186,8 @@ __device__ __forceinline__ bool keys_pass(const ZeroGateParams& params, int tile
   add_over_queries<false>(copies, backward_workspace<T, kHeadDim>(params), first, [&] { return memory.row_tiles(); },
                           carried ? place.tile : -1, dkey, dvalue);
   const Part part = memory.part.load();
-  const bool again = must_be_redone(params, part, all_finite(dkey) && all_finite(dvalue));
+  // Where P or dO is not finite, dS = P (dP - D_w) is not either: dK tells of dV, too.
+  const bool again = must_be_redone(params, part, all_finite(dkey));
   const WordsPlace same(params, tiles);
   const int same_first = same.tile * Memory::kSide;
   if (!again) {
