@@ -17,8 +17,9 @@ help:
 	@echo "make test      every test that can run on this machine"
 	@echo "make test-cuda-torch  what a real CUDA build of torch shows without a GPU (an environment of 5.5 GB)"
 	@echo "make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make mutants-cpu  faults put into the CPU kernels by hand, each of which a test has to notice"
-	@echo "make mutants-cuda  the same for the CUDA kernels, run by the emulator: no GPU needed"
+	@echo "make mutants-cuda  every barrier, wait, mask, clip, comparison and sign of the CUDA kernels is changed, one at a time, and"
+	@echo "                  a test has to notice; run by the emulator, no GPU needed (MUTANTS='--only rows.h' and other options)"
+	@echo "make mutants-cpu  the same for the CPU kernels"
 	@echo "make mutants-triton  the same for the Triton kernels, interpreted; SAMPLE=N of 425, 60 by default"
 	@echo "make bench     times against what one would write without this package: bench-output/report/report.html (10 minutes)"
 	@echo "make bench-check  speed-ups against the recorded bars of this processor (benchmarks/bars.json)"
@@ -107,13 +108,13 @@ test-cuda-torch: install
 	$(CUDA_TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 numpy pytest typer rich
 	$(CUDA_TORCH_VENV)/bin/python -m pytest -q --noconftest tests/cuda_torch tests/ops/test_backends.py tests/ops/test_bad_input.py
 
-# One fault after the other is put into the CPU kernels; exit status 1 where the tests do not notice one (half an hour or so).
-mutants-cpu: install
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cpu
-
-# The same for the CUDA kernels (an hour or so).
+# One fault after the other is put into the kernels; exit status 1 where the tests do not notice one. Two hours of two cores for
+# CUDA; MUTANTS takes the options of tests/mutants/runner.py.
 mutants-cuda: $(VENV)/environment.stamp
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cuda
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cuda $(MUTANTS)
+
+mutants-cpu: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.mutants.cpu $(MUTANTS)
 
 SAMPLE ?= 60
 mutants-triton: $(VENV)/environment.stamp
