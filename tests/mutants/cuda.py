@@ -26,7 +26,7 @@ TESTS = [
         "op_emulated",
         "launchers",
         "counts",
-        "products",
+        "costs",
     )
 ]
 

@@ -166,7 +166,7 @@ class Loop:
             function = self.items[at].nodeid.split("[")[0]
             of_function[function] += 1
             first = any(name in self.items[at].nodeid for name in self.first)
-            cost[at] = (not first, self.runs[at].seconds * of_function[function] / (1 + self.kills[at]))
+            cost[at] = (not first, self.runs[at].seconds * of_function[function] ** 0.5 / (1 + self.kills[at]))
         return sorted(able, key=cost.__getitem__)
 
     def _try(self, mutant: Mutant, order: list[int], file: Path) -> None:
