@@ -137,30 +137,34 @@ def test_no_block_more_than_there_are_tiles(emulator: ModuleType) -> None:
         }  # 2 tiles of 16 rows, 2 splits
 
 
-def test_blocks_of_what_is_asked_for(emulator: ModuleType) -> None:
-    """No launch for gradients that nobody wants, no block for rows or keys beyond a sequence's end that does anything."""
-    case = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=130, seq_k=70, prefix_length=33)
+@pytest.mark.parametrize(("queries", "keys"), [(130, 70), (70, 130)])
+def test_blocks_of_what_is_asked_for(emulator: ModuleType, queries: int, keys: int) -> None:
+    """No launch for gradients that nobody wants."""
+    case = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64, seq_q=queries, seq_k=keys, prefix_length=33)
     run = EmulatedProblem(emulator, make_problem(case, torch.bfloat16))
     run.forward()
-    prefix = {
-        "backward_rows_kernel": (9, 0),  # a launch for each 16 slots
-        "backward_sums_kernel": ((33 * 64 + 1 + 127) // 128, 0),
-    }
+    rows = {"backward_rows_kernel": (3 * ((queries + 63) // 64), 0)}  # a launch for each 16 slots
+    prefix = rows | {"backward_sums_kernel": ((33 * 64 + 1 + 127) // 128, 0)}
+    of_queries, of_keys, of_both = (
+        {"backward_words_kernel": ((count + 63) // 64, 0)} for count in (queries, keys, max(queries, keys))
+    )
     emulator.blocks()
     for needs, expected in {
         (False, False, False): {},
         (False, False, True): prefix,
-        (True, False, True): prefix | {"backward_words_kernel": (3, 0)},
-        (False, True, True): prefix | {"backward_words_kernel": (2, 0)},
-        (True, True, True): prefix | {"backward_words_kernel": (3, 0)},
-        (True, False, False): {"backward_rows_kernel": (9, 0), "backward_words_kernel": (3, 0)},
+        (True, False, True): prefix | of_queries,
+        (False, True, True): prefix | of_keys,
+        (True, True, True): prefix | of_both,
+        (True, False, False): rows | of_queries,
     }.items():
         for name in ("dquery", "dkey", "dvalue", "dprefix_key", "dprefix_value", "dgate"):
             run.params.pop(name, None)
         run.backward(*needs)
         assert emulator.blocks() == expected, needs
 
-    # Sequence by sequence, and the second has 768 keys more: blocks of the first beyond its end are idle.
+
+def test_blocks_beyond_the_end_of_a_sequence_are_idle(emulator: ModuleType) -> None:
+    """Sequence by sequence. The second has 768 keys more: those of the first beyond its end do nothing."""
     packed = Case(heads_q=1, heads_kv=1, head_dim=64, lengths=((128, 128), (64, 896)), prefix="table")
     run = EmulatedProblem(emulator, make_problem(packed, torch.bfloat16))
     run.forward()

@@ -150,7 +150,7 @@ def test_an_infinite_key_that_weighs_nothing(emulator: ModuleType, dtype: torch.
         torch.testing.assert_close(results[name][:16], clean[name][:16], rtol=tolerance, atol=1e-3)
 
 
-@pytest.mark.parametrize("offsets", [(0, 30, 20, 50), (0, 60, 10, 10), (5, 5, 5, 5)], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 30, 20, 50), (0, 60, 10, 10), (5, 5, 5, 5), (9, 20, 40, 60)], ids=str)
 def test_offsets_that_lie_are_no_endless_loop(emulator: ModuleType, offsets: tuple[int, ...]) -> None:
     problem = make_problem(replace(SMALL, lengths=((20, 20), (20, 20), (20, 20))), torch.bfloat16)
     for which in ("cu_seqlens_q", "cu_seqlens_k"):

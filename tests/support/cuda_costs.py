@@ -17,7 +17,7 @@ from tests.support.emulator import load_emulator
 
 RECORD = Path(__file__).parents[1] / "cuda" / "costs.json"
 ONE = Case(batch=1, heads_q=1, heads_kv=1, head_dim=64)
-WINDOW = (70, 300)  # of the case "window"
+WINDOW = (64, 320)  # of the cases "window": whole tiles before it and after it
 # bfloat16 with 64 columns: test_cuda_costs.py knows how many matrix instructions there have to be.
 HALF = {
     "dense": replace(ONE, seq_q=200, seq_k=200),
@@ -26,6 +26,7 @@ HALF = {
     "not causal": replace(ONE, seq_q=70, seq_k=130, is_causal=False),
     "whole tiles": replace(ONE, seq_q=128, seq_k=128),
     "window": replace(ONE, seq_q=70, seq_k=400, window="both"),
+    "window, not causal": replace(ONE, seq_q=70, seq_k=400, window="both", is_causal=False),
     "mask": replace(ONE, seq_q=100, seq_k=100, mask="bool"),
     "long prefix": replace(ONE, seq_q=70, seq_k=70, prefix_length=33),
     "a group": replace(ONE, heads_q=3, seq_q=130, seq_k=130),
