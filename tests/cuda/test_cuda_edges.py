@@ -103,6 +103,17 @@ def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dty
         assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
 
 
+def test_decode_of_a_prefix_index_out_of_range(emulator: ModuleType) -> None:
+    """Where several splits are added up."""
+    problem = make_problem(replace(SMALL, batch=2, seq_q=1, seq_k=600, prefix="table", gate="prefix"), torch.bfloat16)
+    problem.arguments["prefix_index"] = int32(1, 3)
+    emulator.blocks()
+    decoded = EmulatedProblem(emulator, problem).decode()
+    assert emulator.blocks()["combine_kernel"][0] > 0
+    assert decoded[0].isfinite().all()
+    assert decoded[1].isnan().all()
+
+
 def test_a_table_of_one_prefix_is_not_everybodys(emulator: ModuleType) -> None:
     problem = make_problem(replace(SMALL, lengths=((7, 7), (30, 30), (9, 9)), prefix="table"), torch.bfloat16)
     for name in ("prefix_key", "prefix_value"):
@@ -173,7 +184,7 @@ def test_wild_windows_that_end_before_they_begin(emulator: ModuleType) -> None:
 @pytest.mark.parametrize("prefix", ["shared", "table"])
 def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
     """A packed batch of none: every token comes after the last sequence, and offsets has a single entry."""
-    problem = make_problem(replace(SMALL, lengths=((70, 70),), prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
+    problem = make_problem(replace(SMALL, lengths=((200, 200),), prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
     problem.arguments |= {"cu_seqlens_q": int32(0), "cu_seqlens_k": int32(0)}
     if prefix == "table":
         problem.arguments["prefix_index"] = int32()
@@ -183,6 +194,16 @@ def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
     assert (logsumexp == -torch.inf).all()
     for name, result in {"output": output, **run.backward()}.items():
         assert (result == 0).all(), name
+    # Nobody has to ask for the log-sum-exp, or for all gradients.
+    run = EmulatedProblem(emulator, problem)
+    run.params["batch"] = 0
+    run.forward()
+    assert (run.backward(need_dkey_dvalue=False, need_dprefix=False)["dquery"] == 0).all()
+    run = EmulatedProblem(emulator, problem)
+    run.params["batch"] = 0
+    output = run._new("output", run.query)
+    run._run("forward")
+    assert (output == 0).all()
     # An offset that lies says where those tokens begin that are nobody's; nothing is read beside it.
     problem.arguments |= {"cu_seqlens_q": int32(9), "cu_seqlens_k": int32(9)}
     run = EmulatedProblem(emulator, problem)

@@ -71,6 +71,7 @@ def test_only_what_is_asked_for(emulator: ModuleType, needs: tuple[bool, bool, b
         Case(batch=1, heads_q=2, heads_kv=1, seq_q=2, seq_k=100, head_dim=256),
         Case(batch=1, heads_q=2, heads_kv=2, seq_q=1, seq_k=0, head_dim=64),
         Case(batch=1, heads_q=2, heads_kv=2, seq_q=1, seq_k=64, head_dim=64, prefix="none"),
+        Case(batch=1, heads_q=2, heads_kv=1, seq_q=1, seq_k=600, head_dim=40, prefix="none"),
     ],
     ids=lambda case: case.name,
 )

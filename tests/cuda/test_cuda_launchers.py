@@ -115,6 +115,13 @@ def test_a_device_without_code_is_told_what_is_built() -> None:
     assert library.lak_cuda_error(1000 + 2).decode() == "out of memory"  # cudaErrorMemoryAllocation
 
 
+def test_nothing_to_decode_needs_no_workspace(emulator: ModuleType) -> None:
+    run = EmulatedProblem(emulator, make_problem(SMALL, torch.bfloat16))
+    run._view("output", torch.empty_like(run.query), writable=True)
+    assert emulator.decode(run.params | {"batch": 0}) == 0
+    assert emulator.decode(run.params) != 0
+
+
 FAILING = {  # of each pass the case, and how many launches it takes
     "forward": (SMALL, 1),
     "forward, packed": (replace(SMALL, lengths=((3, 3), (4, 4)), prefix="table"), 2),

@@ -47,6 +47,7 @@ OTHERS = {
     "float32": (replace(ONE, seq_q=70, seq_k=70, prefix_length=17), torch.float32),
     "float32, 256 columns": (replace(ONE, seq_q=33, seq_k=33, head_dim=256, prefix_length=17), torch.float32),
     "float32, no keys": (replace(ONE, seq_q=20, seq_k=0, is_causal=False), torch.float32),
+    "256 columns, no keys": (replace(ONE, seq_q=20, seq_k=0, head_dim=256, is_causal=False), torch.bfloat16),
     "no keys": (replace(ONE, seq_q=20, seq_k=0, is_causal=False), torch.bfloat16),
     NOT_FINITE: (replace(ONE, lengths=((20, 20), (17, 17), (19, 19))), torch.bfloat16),
     "packed, some without a prefix": (replace(ONE, batch=3, seq_q=9, seq_k=9, prefix="table"), torch.bfloat16),
@@ -55,7 +56,8 @@ OTHERS = {
 DECODE = {
     "decode": (replace(ONE, heads_q=4, seq_q=1, seq_k=300), torch.bfloat16),
     "decode, one split, long prefix": (replace(ONE, heads_q=9, seq_q=2, seq_k=100, prefix_length=17), torch.bfloat16),
-    "decode, float32": (replace(ONE, heads_q=4, heads_kv=2, seq_q=1, seq_k=300), torch.float32),
+    "decode, float32": (replace(ONE, heads_q=4, heads_kv=2, seq_q=1, seq_k=300, prefix_length=16), torch.float32),
+    "decode, 40 columns": (replace(ONE, heads_q=4, seq_q=1, seq_k=600, head_dim=40), torch.bfloat16),
 }
 
 

@@ -164,7 +164,7 @@ struct Device {
   cudaError_t code_error = cudaSuccess;    // of loading a kernel
   int of_tensors = 0;                      // what the ops find as the number of their tensors' device
   const char* torch_problem = nullptr;     // why torch gives no stream
-  int launches_left = -1;                  // then one fails; -1: none does
+  int launches_left = -1;                  // then one fails, and those after it work; -1: none fails
   int current = 0;
   int launched_on = -1;  // the current device and the stream of the last launch
   cudaStream_t launched_with = nullptr;

@@ -15,8 +15,7 @@ cudaError_t launch(unsigned blocks, unsigned threads, unsigned shared_bytes, cud
     return cudaErrorInvalidValue;
   }
   if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
-  if (emulator::device().launches_left == 0) return cudaErrorMemoryAllocation;
-  if (emulator::device().launches_left > 0) --emulator::device().launches_left;
+  if (emulator::device().launches_left >= 0 && emulator::device().launches_left-- == 0) return cudaErrorMemoryAllocation;
   emulator::device().launched_on = emulator::device().current;
   emulator::device().launched_with = stream;
   emulator::run({__PRETTY_FUNCTION__, {blocks, 1, 1}, {threads, 1, 1}, shared_bytes, [&] { kKernel(arguments...); }});
