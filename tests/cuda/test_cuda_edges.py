@@ -103,6 +103,12 @@ def test_prefix_index_out_of_range_is_nan(emulator: ModuleType, dtype: torch.dty
         assert (results[name][[0, 2]] == 0).all(), f"{name}: no sequence used these entries"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_keys_at_the_end_of_memory(emulator: ModuleType, dtype: torch.dtype) -> None:
+    """Rows that see few keys read them again, and nothing beside head_dim, after which there may be no memory."""
+    assert_within_rule(emulator, make_problem(replace(SMALL, seq_q=5, seq_k=5, head_dim=40), dtype))
+
+
 def test_decode_of_a_prefix_index_out_of_range(emulator: ModuleType) -> None:
     """Where several splits are added up."""
     problem = make_problem(replace(SMALL, batch=2, seq_q=1, seq_k=600, prefix="table", gate="prefix"), torch.bfloat16)
@@ -181,10 +187,11 @@ def test_wild_windows_that_end_before_they_begin(emulator: ModuleType) -> None:
         assert torch.equal(results[result], expected[result]), result
 
 
+@pytest.mark.parametrize("keys", [200, 0])
 @pytest.mark.parametrize("prefix", ["shared", "table"])
-def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
+def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str, keys: int) -> None:
     """A packed batch of none: every token comes after the last sequence, and offsets has a single entry."""
-    problem = make_problem(replace(SMALL, lengths=((200, 200),), prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
+    problem = make_problem(replace(SMALL, lengths=((200, keys),), prefix=prefix), torch.bfloat16)  # type: ignore[arg-type]
     problem.arguments |= {"cu_seqlens_q": int32(0), "cu_seqlens_k": int32(0)}
     if prefix == "table":
         problem.arguments["prefix_index"] = int32()
@@ -194,21 +201,31 @@ def test_tokens_of_no_sequence(emulator: ModuleType, prefix: str) -> None:
     assert (logsumexp == -torch.inf).all()
     for name, result in {"output": output, **run.backward()}.items():
         assert (result == 0).all(), name
-    # Nobody has to ask for the log-sum-exp, or for all gradients.
-    run = EmulatedProblem(emulator, problem)
-    run.params["batch"] = 0
-    run.forward()
-    assert (run.backward(need_dkey_dvalue=False, need_dprefix=False)["dquery"] == 0).all()
-    run = EmulatedProblem(emulator, problem)
-    run.params["batch"] = 0
-    output = run._new("output", run.query)
-    run._run("forward")
-    assert (output == 0).all()
     # An offset that lies says where those tokens begin that are nobody's; nothing is read beside it.
     problem.arguments |= {"cu_seqlens_q": int32(9), "cu_seqlens_k": int32(9)}
     run = EmulatedProblem(emulator, problem)
     run.params["batch"] = 0
     run.forward(), run.backward()
+
+
+@pytest.mark.parametrize("prefix", ["shared", "table"])
+def test_whole_tiles_after_the_last_sequence(emulator: ModuleType, prefix: str) -> None:
+    """They are zero where the log-sum-exp is asked for, where it is not, and of dQ alone."""
+    case = replace(SMALL, lengths=((30, 30), (300, 300)), prefix=prefix)  # type: ignore[arg-type]
+    problem = make_problem(case, torch.bfloat16)
+    offsets = int32(0, 30, 33)
+    problem.arguments |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 30, "max_seqlen_k": 30}
+    run = EmulatedProblem(emulator, problem)
+    output, logsumexp = run.forward()
+    assert (logsumexp[:, 33:] == -torch.inf).all()
+    dquery = run.backward(need_dkey_dvalue=False, need_dprefix=False)["dquery"]
+    run = EmulatedProblem(emulator, problem)
+    again = run._new("output", run.query)
+    run._run("forward")
+    assert torch.equal(again, output)
+    for result in (output, dquery):
+        assert (result[33:] == 0).all()
+        assert (result[:33] != 0).any()
 
 
 WILD_OFFSETS = [(-5, 17), (0, 2**31 - 1), (9, 3), (3, -(2**31)), (2**30, 2**30 + 4), (17, 40)]
