@@ -297,12 +297,15 @@ def schemata(source: str, file: str, first_number: int, added: Sequence[Site] = 
             line = source.count("\n", 0, span[0]) + 1
             original = " ".join(parsed.source[span[0] : span[1]].split())
             choices = ""
+            as_bool = (
+                "bool" if {fault.kind for fault in merged[span]} & {"condition", "mask"} else ""
+            )  # of pointers, too
             for fault in merged[span]:
                 seen[original, fault.text] += 1
                 again, number = seen[original, fault.text], first_number + len(mutants)
                 mutants.append(Mutant(number, file, line, fault.kind, original, fault.text, again))
-                choices += f"lak_mutant({mutants[-1].number}) ? ({fault.text}) : "
-            result += source[at : span[0]] + f"({choices}({text(*span, inner)}))"
+                choices += f"lak_mutant({mutants[-1].number}) ? {as_bool}({fault.text}) : "
+            result += source[at : span[0]] + f"({choices}{as_bool}({text(*span, inner)}))"
             at = span[1]
         return result + source[at:end]
 

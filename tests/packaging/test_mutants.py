@@ -63,7 +63,8 @@ def test_all_mutants_of_a_kernel() -> None:
         (14, "choice", "rows >= 2 ? static_cast<float>(last) : 0.0f", "static_cast<float>(last)"),
         (14, "choice", "rows >= 2 ? static_cast<float>(last) : 0.0f", "0.0f"),
     }
-    without = re.sub(r"lak_mutant\(\d+\) \? \((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) : ", "", changed)
+    without = re.sub(r"bool(?=\()", "", changed)
+    without = re.sub(r"lak_mutant\(\d+\) \? \((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) : ", "", without)
     assert "lak_mutant" not in without
     assert re.sub(r"[\s()]", "", without) == re.sub(r"[\s()]", "", KERNEL), "without a fault it is the same"
 
