@@ -75,9 +75,8 @@ def of_rows(seen: Visible, slot_tiles: int) -> int:
     """Tiles of 64 rows, 16 a warp: the prefix, and the words of rows that see few keys."""
     count = 0
     for first in range(0, (len(seen.windows) + 63) // 64 * 64, 16):
-        scores = (
-            1 if slot_tiles == 1 else 2 * slot_tiles
-        )  # all tiles of slots for the statistics, each again in its launch
+        # Of several tiles of slots all are there for the statistics, and each again in its launch.
+        scores = 1 if slot_tiles == 1 else 2 * slot_tiles
         count += scores * 2 * 2 * 4  # Q Kp^T, dO Vp^T
         count += slot_tiles * 2 * 4 * 2  # a quarter of the columns of gate P_p^T dO and dS_p^T Q over the 64 rows
         rows = range(first, min(first + 16, len(seen.windows)))

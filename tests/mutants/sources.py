@@ -62,7 +62,7 @@ def added_sites(file: str, text: str, added: Sequence[Added]) -> list[Site]:
 def changed_sources(
     has_mutants: Callable[[Path], bool], added: Sequence[Added]
 ) -> tuple[dict[Path, str], list[Mutant]]:
-    """The files of csrc, by their paths in it, and the mutants in them; `definitions.cpp` has to be compiled along."""
+    """The files of csrc, by their paths in it, and the mutants in them."""
     mutants: list[Mutant] = []
     texts: dict[Path, str] = {}
     for path in sorted((ROOT / "csrc").rglob("*")):
@@ -89,7 +89,7 @@ def with_header(text: str) -> str:
 
 
 def write_sources(folder: Path, texts: dict[Path, str], mutants: Sequence[Mutant]) -> None:
-    """What did not change keeps its time, so that it is not compiled again."""
+    """And lak_mutant.cpp, which has to be compiled along. What did not change keeps its time, and is not compiled again."""
     added = {Path("lak_mutant.h"): HEADER, Path("lak_mutant.cpp"): DEFINITIONS.format(count=len(mutants))}
     for relative, text in (texts | added).items():
         write_if_changed(folder / relative, text)

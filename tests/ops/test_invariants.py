@@ -267,3 +267,20 @@ def test_tokens_after_the_last_sequence_get_zeros(backend: str) -> None:
         torch.use_deterministic_algorithms(False)
     for result in (output.detach(), *gradients):
         assert (result[7:] == 0).all() and (result[:7] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prefix_that_nobody_uses_may_be_nan(backend: str, dtype: torch.dtype) -> None:
+    """Its sequence has no query: its gradients are zero, and nobody else's are NaN."""
+    case = Case(heads_q=2, heads_kv=1, head_dim=64, lengths=((5, 5), (0, 3)), prefix="sequence", gate="prefix")
+    problem = make_problem(case, dtype)
+    for name in ("prefix_key", "prefix_value"):
+        problem.tensors[name].data[1] = torch.nan
+    output = problem.forward(backend)
+    output.backward(problem.doutput)
+    assert output.isfinite().all()
+    for name, tensor in problem.tensors.items():
+        assert tensor.grad.isfinite().all(), name
+        if name in ("prefix_key", "prefix_value", "gate"):
+            assert (tensor.grad[1] == 0).all(), name
+            assert (tensor.grad[0] != 0).any(), name

@@ -90,13 +90,14 @@ class EmulatedProblem:
         shift = -workspace.data_ptr() % 64
         self.params["workspace"] = self._register("workspace", workspace[shift : shift + size], True)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """(output, logsumexp)"""
+    def forward(self, need_logsumexp: bool = True) -> tuple[Tensor, Tensor]:
+        """(output, logsumexp), of which the second is NaN where nobody asks for it."""
         output = self._new("output", self.query)
         rows = (self.query.shape[1], self.query.shape[0]) if self.packed else self.query.shape[:3]
         logsumexp = torch.full(rows, torch.nan)
         strides = (0, logsumexp.stride(0)) if self.packed else logsumexp.stride()[:2]
-        self.params["logsumexp"] = [self._register("logsumexp", logsumexp, True), *strides]
+        if need_logsumexp:
+            self.params["logsumexp"] = [self._register("logsumexp", logsumexp, True), *strides]
         self._run("forward")
         return output, logsumexp
 

@@ -208,6 +208,27 @@ def tail_of_packed_rows_is_zero(prefix: Literal["shared", "sequence", "none"], d
         assert rows.isfinite().all()
 
 
+def unused_prefix_may_be_nan(device: str = "cpu") -> None:
+    """Its sequence has no query: its gradients are zero, and nobody else's are NaN."""
+    case = Case(heads_q=2, heads_kv=1, lengths=((5, 5), (0, 3)), prefix="sequence", gate="prefix")
+    tensors, problem = _direct(case, device)
+    for tensor in (tensors[3], tensors[4]):
+        assert tensor is not None
+        tensor[1] = torch.nan
+    offsets = problem.arguments["cu_seqlens_q"].to(device), problem.arguments["cu_seqlens_k"].to(device)
+    optional = (None, None, None, None, *offsets, 5, 5, 0.2, True)
+    output, logsumexp = triton_kernels.forward(*tensors, *optional)
+    assert problem.doutput is not None
+    gradients = triton_kernels.backward(problem.doutput, *tensors, output, logsumexp, *optional, True, True, True, True)
+    for result in (output, *gradients):
+        assert result is not None
+        assert result.isfinite().all()
+    for result in gradients[3:]:
+        assert result is not None
+        assert (result[1] == 0).all()
+        assert (result[0] != 0).any()
+
+
 def only_what_is_needed(device: str = "cpu") -> None:
     """Frozen words: nothing quadratic runs, and the prefix's gradients are those of the full backward."""
     from llama_adapter_kernels.triton_kernels import backward_launcher

@@ -34,6 +34,7 @@ BEHAVIOUR = [
     triton_checks.gradients_repeat_bit_for_bit,
     triton_checks.index_out_of_range_is_nan,
     triton_checks.wild_lengths_stay_in_bounds,
+    triton_checks.unused_prefix_may_be_nan,
     triton_checks.only_what_is_needed,
     triton_checks.expanded_and_transposed_tensors,
     triton_checks.compiles_without_graph_break,
